@@ -1,0 +1,29 @@
+"""The faults a user can cause. Each message says where, what came, what was needed and what to do."""
+
+
+class UserError(Exception):
+    """A fault that the user can mend; ends the program with its message and exit code 2, without a traceback."""
+
+
+class ConfigError(UserError):
+    """An option, a recipe or a DeepSpeed file asks for something that cannot be."""
+
+
+class DataError(UserError):
+    """Text or prepared blocks that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model or tokenizer folder that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A run folder or checkpoint that cannot be used."""
+
+
+class LaunchError(UserError):
+    """The processes were not started in a way from which ranks can be told."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on (a loss that is not finite, say); what was saved stays good. Exit code 1."""
