@@ -84,6 +84,12 @@ class DataConfig:
     """name of the text in .jsonl records and .parquet columns"""
     workers: Annotated[int, Field(ge=0)] = 2
     """processes that make batches ahead of time, a rank; 0: none"""
+    sample_sentences: tuple[str, ...] = (
+        "Le camembert est un <mask> délicieux.",
+        "Il a ouvert la <mask> et il est sorti.",
+        "Je voudrais un verre d'<mask>, s'il vous plaît.",
+    )
+    """sentences with one <mask> each, filled by the student as it learns"""
     cache: str | None = None
     """where text given raw is kept once prepared; null: $XDG_CACHE_HOME/distilcb or ~/.cache/distilcb"""
 
@@ -183,6 +189,7 @@ RESULT_NEUTRAL = frozenset(
     {
         "data.workers",
         "data.cache",
+        "data.sample_sentences",
         "optim.micro_batch",
         "train.log_every",
         "train.eval_every",

@@ -1,0 +1,159 @@
+"""Sources of text: files, folders and globs, read as a stream of documents."""
+
+import glob
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from distilcb.errors import DataError
+
+_FORMATS = (".txt", ".jsonl", ".parquet")
+_COMPRESSIONS = (".gz", ".xz", ".zst")
+
+
+@dataclass
+class Damage:
+    """What was survived while reading: counted, and reported in the description of the blocks."""
+
+    empty_documents: int = 0
+    undecodable_documents: int = 0
+    control_characters: int = 0
+
+
+def find_sources(names: Sequence[str]) -> list[Path]:
+    """The readable files that files, folders and globs stand for, sorted within each and without repeats.
+
+    Raises:
+        DataError: a name that stands for nothing, or for nothing readable.
+    """
+    found: list[Path] = []
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+        elif path.is_file():
+            if not _format(path):
+                raise DataError(f"{name}: not a format that can be read. Needed: {_readable()}.")
+            files = [path]
+        else:
+            files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file() and _format(p))
+        if not files:
+            what = "has no readable file" if path.is_dir() else "does not exist"
+            raise DataError(f"{name} {what}. Needed: a file, folder or glob of {_readable()}.")
+        found += files
+    return list(dict.fromkeys(found))
+
+
+def read_documents(path: Path, *, text_field: str, damage: Damage) -> Iterator[str]:
+    """The documents of one file, cleaned: a line of .txt, a record of .jsonl, a row of .parquet.
+
+    Invalid UTF-8 becomes U+FFFD, control characters become spaces, empty documents are left out; `damage` counts.
+
+    Raises:
+        DataError: naming the file, and the line or column where one is at fault.
+    """
+    reader = {".txt": _read_text, ".jsonl": _read_json_lines, ".parquet": _read_parquet}[_format(path)]
+    try:
+        for text in reader(path, text_field):
+            document = _clean(text, damage)
+            if document:
+                yield document
+            else:
+                damage.empty_documents += 1
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise DataError(f"{path}: {error or 'the file ends in the middle'}. Fetch or make the file again.") from error
+
+
+def _readable() -> str:
+    return f"{', '.join(_FORMATS)}, each also with {', '.join(_COMPRESSIONS)}"
+
+
+def _format(path: Path) -> str:
+    """'.txt', '.jsonl' or '.parquet', whatever the compression; '' for other files and hidden ones."""
+    suffixes = [s for s in path.suffixes if s not in _COMPRESSIONS]
+    last = suffixes[-1] if suffixes else ""
+    return last if last in _FORMATS and not path.name.startswith(".") else ""
+
+
+@contextmanager
+def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    if path.suffix == ".gz":
+        with gzip.open(path) as stream:
+            yield stream  # type: ignore[misc]
+    elif path.suffix == ".xz":
+        with lzma.open(path) as stream:
+            yield stream
+    elif path.suffix == ".zst":
+        import zstandard
+
+        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as zst:
+            yield io.BufferedReader(zst, buffer_size=1 << 20)  # type: ignore[arg-type]
+    else:
+        with path.open("rb") as stream:
+            yield stream
+
+
+def _read_text(path: Path, _text_field: str) -> Iterator[bytes]:
+    with _open_bytes(path) as stream:
+        yield from stream
+
+
+def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
+    with _open_bytes(path) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                record: Any = json.loads(line.decode(errors="replace"))
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from error
+            text = record.get(text_field) if isinstance(record, dict) else None
+            if not isinstance(text, str):
+                names = sorted(record) if isinstance(record, dict) else type(record).__name__
+                raise DataError(
+                    f"{path}, line {number}: came {names}, needed a text named '{text_field}'. "
+                    "Name it with --data.text_field (launch/prepare.py: --text_field)."
+                )
+            yield text
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with _open_bytes(path) as stream:
+        seekable = stream if path.suffix == ".parquet" else io.BytesIO(stream.read())
+        try:
+            table = pyarrow.parquet.ParquetFile(seekable)
+        except pyarrow.ArrowInvalid as error:
+            raise DataError(f"{path}: not parquet ({error}).") from error
+        if text_field not in table.schema_arrow.names:
+            raise DataError(
+                f"{path}: columns {table.schema_arrow.names}, needed one named '{text_field}'. "
+                "Name it with --data.text_field (launch/prepare.py: --text_field)."
+            )
+        for batch in table.iter_batches(columns=[text_field], batch_size=1024):
+            yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+# Every control character but tab and line ends, which split() takes for spaces.
+_CONTROL = {code: " " for code in [*range(0x20), *range(0x7F, 0xA0)] if chr(code) not in "\t\n\r\x0b\x0c\x85"}
+
+
+def _clean(text: str | bytes, damage: Damage) -> str:
+    if isinstance(text, bytes):
+        decoded = text.decode("utf-8", errors="replace")
+        if "\ufffd" in decoded and b"\xef\xbf\xbd" not in text:
+            damage.undecodable_documents += 1
+        text = decoded.removeprefix("\ufeff")
+    if not text.isprintable():
+        cleaned = text.translate(_CONTROL)
+        damage.control_characters += sum(a != b for a, b in zip(text, cleaned, strict=True)) if cleaned != text else 0
+        text = cleaned
+    return " ".join(text.split())

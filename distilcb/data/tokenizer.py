@@ -1,0 +1,134 @@
+"""Tokenizers, read from folders, and what the data needs to know of them."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distilcb.errors import ModelError
+
+# Tokenized into the fingerprint, so that two tokenizers with one vocabulary but other rules are told apart.
+_PROBE = "Où l'été naît-il ? À Noël, 1 234,50 € — «ÇA», co-\u00a0œuvre\u200b ﬁn x²!"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The facts of a tokenizer that masking and packing use.
+
+    special_ids: (n,) int64 of every special token, <unk> among them: never chosen, never drawn as a random word.
+    word_start: (size,) bool, true for tokens that begin a word.
+    fingerprint: equal for tokenizers that give equal ids.
+    """
+
+    size: int
+    bos_id: int
+    eos_id: int
+    mask_id: int
+    special_ids: NDArray[np.int64]
+    word_start: NDArray[np.bool_]
+    fingerprint: str
+
+
+class TextTokenizer:
+    """A Hugging Face tokenizer, read for packing text: no special tokens added, none taken from the text."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.hugging_face = load_tokenizer(folder)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        tokenizer = self.hugging_face
+        ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "mask": tokenizer.mask_token_id}
+        if ids["bos"] is None:
+            ids["bos"] = tokenizer.cls_token_id
+        if ids["eos"] is None:
+            ids["eos"] = tokenizer.sep_token_id
+        missing = [name for name, value in ids.items() if value is None]
+        if missing:
+            raise ModelError(f"tokenizer {self.folder} has no {', '.join(missing)} token: masked words need one")
+        pieces = tokenizer.get_vocab()
+        # fairseq's vocabularies carry places that no text fills, such as CamemBERT's "<s>NOTUSED".
+        unused = {index for piece, index in pieces.items() if piece.endswith("NOTUSED")}
+        special = np.array(sorted(unused.union(tokenizer.all_special_ids)), dtype=np.int64)
+        size = max(pieces.values()) + 1
+        return Vocabulary(
+            size=size,
+            bos_id=ids["bos"],
+            eos_id=ids["eos"],
+            mask_id=ids["mask"],
+            special_ids=special,
+            word_start=_word_starts(tokenizer, size),
+            fingerprint=_fingerprint(tokenizer),
+        )
+
+    def encode(self, documents: list[str]) -> list[list[int]]:
+        """Token ids of each document, without separators.
+
+        A special token that is spelled out in the text ("<mask>") is broken up, so that it stays text.
+        """
+        documents = [self._as_text(document) for document in documents]
+        encoded = self.hugging_face(documents, add_special_tokens=False, verbose=False)["input_ids"]
+        return list(encoded)
+
+    def _as_text(self, document: str) -> str:
+        for token in self._spelled_tokens:
+            if token in document:
+                document = document.replace(token, f"{token[0]} {token[1:]}")
+        return document
+
+    @cached_property
+    def _spelled_tokens(self) -> tuple[str, ...]:
+        return tuple(token for token in self.hugging_face.all_special_tokens if len(token) > 1)
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a model folder or hub name; code from the folder never runs.
+
+    Raises:
+        ModelError: nothing there that transformers can read.
+    """
+    from transformers import AutoTokenizer
+
+    if _looks_like_path(folder) and not Path(folder).is_dir():
+        raise ModelError(f"tokenizer folder {folder} does not exist. Give the folder of a tokenizer, or a hub name.")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"tokenizer {folder} cannot be read: {_first_line(error)}. Needed: tokenizer.json or "
+            "sentencepiece.bpe.model beside config.json, in a local folder where there is no network."
+        ) from error
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _word_starts(tokenizer: Any, size: int) -> NDArray[np.bool_]:
+    """SentencePiece marks a word's first piece with U+2581, byte-level BPE with U+0120; WordPiece marks the others."""
+    pieces = tokenizer.get_vocab()
+    starts = np.zeros(size, dtype=bool)
+    wordpiece = any(piece.startswith("##") for piece in pieces)
+    for piece, index in pieces.items():
+        starts[index] = not piece.startswith("##") if wordpiece else piece.startswith(("\u2581", "\u0120"))
+    return starts
+
+
+def _fingerprint(tokenizer: Any) -> str:
+    # Not the serialised tokenizer: its form changes between versions of the library while its ids do not.
+    facts = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": sorted(tokenizer.all_special_ids),
+        "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
+    }
+    return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()

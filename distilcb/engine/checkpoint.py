@@ -1,0 +1,160 @@
+"""Checkpoints: saved whole or not at all, verified, the newest good one found, the last few kept.
+
+    checkpoints/step_00000050/   DeepSpeed's files and manifest.json (sizes and checksums)
+    checkpoints/latest           the name of the newest good one
+    checkpoints/model/           config.json and tokenizer of the student: what turns a checkpoint into a model
+
+A checkpoint is written under a hidden name and renamed when every file is on disk, so a folder called step_* is
+complete whenever the process was killed.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from distilcb.distributed import on_main
+from distilcb.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    path: Path
+    step: int
+    world_size: int
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, engine: Any, *, step: int, world_size: int, state: dict[str, Any]) -> Path:
+        """Save on every rank together; returns the checkpoint's folder.
+
+        Args:
+            engine: DeepSpeed's.
+            step: optimizer steps done.
+            state: what else the run needs to go on, fit for torch.save with weights_only loading.
+
+        Raises:
+            CheckpointError: the disk is full or not writable; earlier checkpoints stay as they were.
+        """
+        final = self.folder / f"step_{step:08d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        client_state = state | {"step": step, "world_size": world_size, "format_version": FORMAT_VERSION}
+        try:
+            engine.save_checkpoint(str(self.folder), tag=temporary.name, client_state=client_state, save_latest=False)
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(
+                f"{final} cannot be written ({error}). The checkpoints before it are good; free some space and run "
+                "the same command again."
+            ) from error
+        on_main(lambda: self._complete(temporary, final, step, world_size))
+        return final
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint whose files are what its manifest says; damaged ones are named and passed over."""
+        names = (p for p in self.folder.glob("step_*") if _NAME.fullmatch(p.name))
+        for path in sorted(names, key=lambda p: int(p.name[5:]), reverse=True):
+            fault = _fault(path)
+            if fault is None:
+                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+                return Checkpoint(path, manifest["step"], manifest["world_size"])
+            log.warning("checkpoint %s is damaged (%s): passed over", path, fault)
+        return None
+
+    def load(self, engine: Any, checkpoint: Checkpoint, *, world_size: int) -> dict[str, Any]:
+        """Bring engine, optimizer and loss scaler to the checkpoint's state; returns the saved `state`.
+
+        Raises:
+            CheckpointError: made on another number of ranks, or not loadable.
+        """
+        if checkpoint.world_size != world_size:
+            raise CheckpointError(
+                f"{checkpoint.path} was saved on {checkpoint.world_size} ranks, this start has {world_size}. "
+                f"Start it on {checkpoint.world_size}, or anew with --fresh."
+            )
+        path, state = engine.load_checkpoint(str(self.folder), tag=checkpoint.path.name)
+        if path is None:
+            raise CheckpointError(f"{checkpoint.path} cannot be loaded. Move it aside to go on from the one before it.")
+        return state
+
+    def _complete(self, temporary: Path, final: Path, step: int, world_size: int) -> None:
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "world_size": world_size,
+            "files": {str(p.relative_to(temporary)): _facts(p, sync=True) for p in files},
+        }
+        write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        if final.exists():  # an earlier start saved the same step and died before it could go on
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(self.folder)
+        write_durably(self.folder / "latest", final.name + "\n")
+        complete = sorted(p for p in self.folder.glob("step_*") if _NAME.fullmatch(p.name))
+        for old in complete[: -self.keep]:
+            shutil.rmtree(old)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a file's text in one move that survives a power failure."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    _sync_folder(path.parent)
+
+
+def _facts(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 22):
+            digest.update(piece)
+        if sync:
+            os.fsync(stream.fileno())
+    return {"bytes": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format_version"] != FORMAT_VERSION:
+            return f"format {manifest['format_version']}, this version reads {FORMAT_VERSION}"
+        for name, facts in manifest["files"].items():
+            if _facts(path / name) != facts:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+

@@ -1,0 +1,122 @@
+"""A file of ds_configs/ and the run, made into DeepSpeed's dictionary.
+
+The file says how to shard and in which precision. All else has its one home in the recipe, and DeepSpeed takes
+misspelled top-level keys in silence, so both are refused here.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from distilcb.config import REPOSITORY, OptimConfig
+from distilcb.errors import ConfigError
+
+DS_CONFIGS = REPOSITORY / "ds_configs"
+
+ALLOWED = (
+    "zero_optimization",
+    "fp16",
+    "bf16",
+    "data_types",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "compile",
+)
+# DeepSpeed's name -> where the recipe says it.
+IN_RECIPE = {
+    "train_batch_size": "optim.global_batch",
+    "train_micro_batch_size_per_gpu": "optim.micro_batch",
+    "gradient_accumulation_steps": "optim.global_batch and optim.micro_batch, which it follows from",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.name, optim.lr, optim.betas, optim.eps, optim.weight_decay",
+    "scheduler": "optim.schedule and optim.warmup",
+    "tensorboard": "nothing: the run folder always has its TensorBoard logs",
+    "checkpoint": "train.save_every",
+    "steps_per_print": "train.log_every",
+}
+
+
+def choose_file(name: str, *, cuda: bool, cpu_has_bf16: bool) -> tuple[Path, str]:
+    """The DeepSpeed file that a run uses, and a sentence that says why.
+
+    Args:
+        name: 'auto', a path, or the name of a file of ds_configs/.
+
+    Raises:
+        ConfigError: no such file.
+    """
+    if name == "auto":
+        if cuda:
+            return DS_CONFIGS / "zero2_fp16.json", "fp16 with dynamic loss scaling: a CUDA device is here"
+        if cpu_has_bf16:
+            return DS_CONFIGS / "zero2_bf16.json", "bf16: this CPU has instructions for it"
+        return DS_CONFIGS / "zero2_cpu.json", "fp32: this CPU has no bf16 instructions"
+    for path in (Path(name).expanduser(), DS_CONFIGS / name, DS_CONFIGS / f"{name}.json"):
+        if path.is_file():
+            return path, f"{path.name}, as asked for"
+    there = ", ".join(sorted(path.name for path in DS_CONFIGS.glob("*.json")))
+    raise ConfigError(f"deepspeed={name}: no such file. Give 'auto', a path, or one of ds_configs/: {there}.")
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The DeepSpeed settings of a file, checked.
+
+    Raises:
+        ConfigError: not JSON, unknown keys, keys that belong to the recipe, or no precision that can be told.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"DeepSpeed file {path}: {error}") from error
+    faults = [_fault(key) for key in settings if key not in ALLOWED]
+    if settings.get("fp16", {}).get("enabled") and settings.get("bf16", {}).get("enabled"):
+        faults.append("fp16 and bf16 are both enabled: choose one")
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3:
+        faults.append("zero_optimization.stage 3 splits weights, which the streamed head needs whole: use 0, 1 or 2")
+    if faults:
+        raise ConfigError("\n  ".join([f"DeepSpeed file {path}:", *faults]))
+    return settings
+
+
+def precision(settings: dict[str, Any]) -> str:
+    """'fp16', 'bf16' or 'fp32'."""
+    for name in ("fp16", "bf16"):
+        if settings.get(name, {}).get("enabled"):
+            return name
+    return "fp32"
+
+
+def build(settings: dict[str, Any], optim: OptimConfig, *, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary: the file's settings and what the recipe says."""
+    # DeepSpeed sums gradients of micro-batches in the model's own dtype unless told otherwise, and a batch of 4,096
+    # is a sum of dozens of terms.
+    data_types = {"grad_accum_dtype": "fp32"} | settings.get("data_types", {})
+    return settings | {
+        "train_batch_size": optim.global_batch,
+        "train_micro_batch_size_per_gpu": optim.micro_batch,
+        "gradient_accumulation_steps": optim.global_batch // (optim.micro_batch * world_size),
+        "gradient_clipping": optim.clip,
+        "data_types": data_types,
+        "steps_per_print": 2**31 - 1,  # our monitor prints
+    }
+
+
+def _fault(key: str) -> str:
+    if key in IN_RECIPE:
+        return f"'{key}' does not belong here; the recipe says it in {IN_RECIPE[key]}"
+    near = difflib.get_close_matches(key, ALLOWED, n=1)
+    return f"unknown key '{key}'" + (f": did you mean '{near[0]}'?" if near else f". Known: {', '.join(ALLOWED)}")
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{twice} written twice")
+    return dict(pairs)

@@ -1,0 +1,60 @@
+"""Parameter groups, the optimizer, and the learning rate as a function of the step."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from distilcb.config import OptimConfig
+
+log = logging.getLogger(__name__)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices, which decay, and biases and layer norms, which do not. Frozen weights are left out."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.dim() > 1]
+    vectors = [p for p in trained if p.dim() <= 1]
+    return [
+        {"params": matrices, "weight_decay": weight_decay, "name": "matrices"},
+        {"params": vectors, "weight_decay": 0.0, "name": "vectors"},
+    ]
+
+
+def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """DeepSpeed's fused AdamW; torch's where there is no compiler to build it with (said aloud)."""
+    from deepspeed.ops.adam import FusedAdam
+
+    groups = parameter_groups(model, optim.weight_decay)
+    settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    try:
+        return FusedAdam(groups, adam_w_mode=True, **settings)
+    except Exception as error:  # DeepSpeed raises many kinds while it compiles
+        log.warning(
+            "DeepSpeed's fused Adam cannot be built here (%s); going on with torch.optim.AdamW. "
+            "A C++ compiler and ninja mend it.",
+            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+        )
+        return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def warmup_steps(optim: OptimConfig, steps: int) -> int:
+    """Steps over which the rate rises: a share of all where optim.warmup is below 1, else their number."""
+    return round(optim.warmup * steps) if optim.warmup < 1 else round(optim.warmup)
+
+
+def learning_rate(optim: OptimConfig, *, step: int, steps: int) -> float:
+    """The rate of optimizer step `step`, counted from 0, of `steps`.
+
+    A function of the step, not a scheduler with state: DeepSpeed's does not advance on steps that an fp16 overflow
+    skips, and a resumed run would have to trust what it saved.
+    """
+    warmup = warmup_steps(optim, steps)
+    if step < warmup:
+        return optim.lr * (step + 1) / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - warmup) / max(1, steps - warmup)
+    return optim.lr * (1 - done if optim.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))

@@ -1,0 +1,78 @@
+"""The module that DeepSpeed wraps: student, then streamed head, to one scalar.
+
+The head runs inside, so that DeepSpeed's hooks, casting and gradient partitioning see all of the student's weights
+used in one forward pass. The teacher's tensors come in as arguments: as an attribute the teacher would enter ZeRO
+and the checkpoint.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distilcb.config import LossConfig
+from distilcb.data.loader import Batch
+from distilcb.losses.head import HeadCoefficients, streamed_head
+from distilcb.losses.hidden import cosine_distance_sum
+from distilcb.losses.triplet import TERMS, Coefficients
+from distilcb.models.families import Family
+from distilcb.models.teacher import TeacherOutput
+
+
+def soft_rows(batch: Batch, loss: LossConfig) -> Tensor | None:
+    """The flattened rows that kl and mse are taken on, masked ones first; None where neither has a weight."""
+    if not (loss.kl or loss.mse):
+        return None
+    if loss.kl_positions == "masked":
+        return batch.masked_rows
+    return torch.cat([batch.masked_rows, batch.other_rows])
+
+
+class StepModule(nn.Module):
+    """Student and objective."""
+
+    def __init__(self, student: Any, family: Family, loss: LossConfig) -> None:
+        super().__init__()
+        self.student, self.family, self.loss = student, family, loss
+
+    def forward(
+        self, batch: Batch, teacher: TeacherOutput | None, coefficients: Coefficients
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss of one micro-batch, and the detached fp32 sums of each term in the order of TERMS."""
+        states = self.family.encode(self.student, batch.input_ids)
+        hidden = states.reshape(-1, states.shape[-1])
+        zero = torch.zeros((), device=hidden.device)
+        cosine = zero
+        if coefficients.cos:
+            assert teacher is not None
+            assert teacher.hidden is not None
+            cosine = cosine_distance_sum(hidden, teacher.hidden)
+        loss, sums = coefficients.cos * cosine, {"cos": cosine.detach()}
+        if coefficients.kl or coefficients.mlm or coefficients.mse:
+            head_loss, head_sums = self._head(hidden, batch, teacher, coefficients)
+            loss = loss + head_loss
+            sums |= head_sums
+        return loss, torch.stack([sums.get(term, zero) for term in TERMS])
+
+    def _head(
+        self, hidden: Tensor, batch: Batch, teacher: TeacherOutput | None, coefficients: Coefficients
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = soft_rows(batch, self.loss)
+        wanted = batch.masked_rows if rows is None else rows
+        features = self.family.head_features(self.student, hidden.index_select(0, wanted))
+        weight, bias = self.family.decoder(self.student)
+        soft = None
+        if rows is not None:
+            assert teacher is not None
+            assert teacher.features is not None
+            soft = (teacher.features, *teacher.decoder)
+        loss, sums = streamed_head(
+            features,
+            weight,
+            bias,
+            labels=batch.labels,
+            coefficients=HeadCoefficients(kl=coefficients.kl, mlm=coefficients.mlm, mse=coefficients.mse),
+            temperature=self.loss.temperature,
+            teacher=soft,
+        )
+        return loss, {"kl": sums.kl, "mlm": sums.mlm, "mse": sums.mse}

@@ -1,0 +1,110 @@
+"""One optimizer step; the only place that normalises.
+
+Each micro-batch's loss is a sum times weight x ranks / global count, and DeepSpeed takes the mean over ranks, so the
+gradient is that of the global batch's mean however it is cut into ranks and micro-batches.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distilcb.config import LossConfig, OptimConfig
+from distilcb.data.loader import Batch, Cut
+from distilcb.data.order import key
+from distilcb.distributed import all_reduce_sum
+from distilcb.engine.optimizer import learning_rate
+from distilcb.engine.step_module import soft_rows
+from distilcb.errors import TrainingError
+from distilcb.losses.triplet import TERMS, Counts, coefficients
+from distilcb.models.teacher import Teacher
+
+
+@dataclass
+class StepResult:
+    """What a step leaves, without waiting for the device.
+
+    sums: (terms,) float64 on the device, this rank's unweighted sums in the order of TERMS.
+    lr: the rate that was used.
+    grad_norm: of the whole gradient before clipping; a tensor or number, None where DeepSpeed gives none.
+    skipped: whether fp16 overflowed and the loss scaler skipped the update.
+    data_wait_seconds: how long this rank waited for batches.
+    """
+
+    sums: Tensor
+    lr: float
+    grad_norm: Any
+    skipped: bool
+    data_wait_seconds: float
+
+
+class Stepper:
+    """Takes optimizer steps on a DeepSpeed engine around a StepModule."""
+
+    def __init__(
+        self,
+        engine: Any,
+        teacher: Teacher | None,
+        *,
+        loss: LossConfig,
+        optim: OptimConfig,
+        counts: Counts,
+        cut: Cut,
+        steps: int,
+        seed: int,
+        dropout: float,
+        device: torch.device,
+    ) -> None:
+        """counts: of the global batch. dropout: the student's largest, 0 for none. steps: of the whole run."""
+        self.engine, self.teacher, self.loss, self.optim = engine, teacher, loss, optim
+        self.cut, self.steps, self.seed, self.dropout, self.device = cut, steps, seed, dropout, device
+        self.coefficients = coefficients(loss, counts, world_size=cut.world_size)
+
+    def step(self, step: int, batches: Iterator[Batch]) -> StepResult:
+        """Take step `step`, counted from 0, on this rank's next `cut.accumulation` batches.
+
+        Raises:
+            TrainingError: a loss term that is not finite on some rank.
+        """
+        lr = learning_rate(self.optim, step=step, steps=self.steps)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
+        waited, skipped_before = 0.0, self.engine.skipped_steps
+        for micro in range(self.cut.accumulation):
+            started = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - started
+            sums += self._micro_step(step, micro, batch.to(self.device))
+        skipped = self.engine.skipped_steps > skipped_before
+        if skipped:  # DeepSpeed skips NaN in silence, as it does an overflow; all ranks see the same counter
+            self._refuse_non_finite(step, sums)
+        return StepResult(sums, lr, self.engine.get_global_grad_norm(), skipped, waited)
+
+    def _micro_step(self, step: int, micro: int, batch: Batch) -> Tensor:
+        if self.dropout:  # dropout as a function of its place, so that a checkpoint holds no generator
+            torch.manual_seed(int(key(self.seed, step, self.cut.global_index(micro))) >> 1)
+        taught = None
+        if self.teacher is not None:
+            rows = soft_rows(batch, self.loss)
+            taught = self.teacher(batch.input_ids, rows, wants_hidden=bool(self.loss.cos))
+        loss, sums = self.engine(batch, taught, self.coefficients)
+        self.engine.set_gradient_accumulation_boundary(micro == self.cut.accumulation - 1)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self.engine.step()
+        return sums
+
+    def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
+        bad = torch.zeros(self.cut.world_size, len(TERMS), dtype=torch.float64, device=self.device)
+        bad[self.cut.rank] = (~torch.isfinite(sums)).double()
+        bad = all_reduce_sum(bad)
+        for rank, flags in enumerate(bad.tolist()):
+            terms = [term for term, flag in zip(TERMS, flags, strict=True) if flag]
+            if terms:
+                raise TrainingError(
+                    f"step {step + 1}: loss term {', '.join(terms)} is not finite on rank {rank}. The weights of the "
+                    "last checkpoint are good. Lower optim.lr, raise optim.warmup, or look at the step's text."
+                )

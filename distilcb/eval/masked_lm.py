@@ -1,0 +1,118 @@
+"""How well masked words of held-out text are predicted, and how closely the student follows the teacher."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distilcb.data.loader import Batch, HeldoutBatches
+from distilcb.distributed import all_reduce_sum
+from distilcb.losses.head import rows_per_chunk
+from distilcb.models.families import Family
+
+Figures = dict[str, Any]
+
+# Columns of the sums that are reduced over ranks.
+_COLUMNS = ("words", "student_nll", "student_right", "teacher_nll", "teacher_right", "kl", "agreement")
+
+
+@torch.no_grad()
+def evaluate(
+    student: Any, teacher: Any | None, family: Family, batches: HeldoutBatches, *, maskings: int, device: torch.device
+) -> dict[str, Figures]:
+    """Held-out figures of the student and, where there is one, of the teacher.
+
+    Every figure is a mean over masked words under `maskings` fixed maskings of the same text; its standard error is
+    that of the mean over maskings (it says nothing about other texts). kl is KL(teacher || student) at temperature
+    1 in nats; agreement is the share of masked words where both choose the same. Both models may be of different
+    families; they are left in the mode they came in.
+
+    Args:
+        student, teacher: masked language models on `device`.
+        family: the student's.
+        maskings: at least 2 for standard errors.
+    """
+    was_training = student.training
+    student.eval()
+    sums = torch.zeros(maskings, len(_COLUMNS), dtype=torch.float64, device=device)
+    for number in range(maskings):
+        for batch in _moved(batches.masking_number(number), device):
+            sums[number] += _batch_sums(student, teacher, family, batch)
+    student.train(was_training)
+    return _figures(all_reduce_sum(sums).cpu(), with_teacher=teacher is not None)
+
+
+def _moved(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch.to(device)
+
+
+def _batch_sums(student: Any, teacher: Any | None, family: Family, batch: Batch) -> Tensor:
+    student_rows = _features(student, family, batch)
+    teacher_rows = None if teacher is None else _features(teacher.model, teacher.family, batch)
+    weight, bias = family.decoder(student)
+    chunk = rows_per_chunk(weight.shape[0], weight.device.type)
+    sums = torch.zeros(len(_COLUMNS), dtype=torch.float64, device=weight.device)
+    for start in range(0, batch.labels.numel(), chunk):
+        rows = slice(start, start + chunk)
+        labels = batch.labels[rows]
+        student_logs = _log_probs(student_rows[rows], weight, bias)
+        nll, right, choice = _word_scores(student_logs, labels)
+        zero = torch.zeros_like(nll)
+        scores = [torch.full_like(nll, labels.numel()), nll, right, zero, zero, zero, zero]
+        if teacher is not None and teacher_rows is not None:
+            teacher_logs = _log_probs(teacher_rows[rows], *teacher.family.decoder(teacher.model))
+            scores[3], scores[4], teacher_choice = _word_scores(teacher_logs, labels)
+            scores[5] = (teacher_logs.exp() * (teacher_logs - student_logs)).sum()
+            scores[6] = (choice == teacher_choice).sum()
+        sums += torch.stack([score.double() for score in scores])
+    return sums
+
+
+def _features(model: Any, family: Family, batch: Batch) -> Tensor:
+    states = family.encode(model, batch.input_ids)
+    rows = states.reshape(-1, states.shape[-1]).index_select(0, batch.masked_rows)
+    return family.head_features(model, rows)
+
+
+def _log_probs(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.log_softmax(torch.nn.functional.linear(features, weight, bias).float(), dim=-1)
+
+
+def _word_scores(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Summed negative log-likelihood, number right, and the (rows,) choices."""
+    choice = log_probs.argmax(-1)
+    return -log_probs.gather(1, labels[:, None]).sum(), (choice == labels).sum(), choice
+
+
+def _figures(sums: Tensor, *, with_teacher: bool) -> dict[str, Figures]:
+    words = sums[:, 0]
+    means = {name: sums[:, column] / words for column, name in enumerate(_COLUMNS) if column}
+    student = _prediction(means["student_nll"], means["student_right"])
+    if not with_teacher:
+        return {"student": student}
+    for name in ("kl", "agreement"):
+        student[name] = means[name].mean().item()
+        student["standard_error"][name] = _standard_error(means[name])
+    return {"student": student, "teacher": _prediction(means["teacher_nll"], means["teacher_right"])}
+
+
+def _prediction(nll: Tensor, right: Tensor) -> Figures:
+    loss, error = nll.mean().item(), _standard_error(nll)
+    perplexity = math.exp(min(loss, 700.0))
+    return {
+        "mlm_loss": loss,
+        "perplexity": perplexity,
+        "mlm_accuracy": right.mean().item(),
+        "standard_error": {
+            "mlm_loss": error,
+            "perplexity": perplexity * error,
+            "mlm_accuracy": _standard_error(right),
+        },
+    }
+
+
+def _standard_error(values: Tensor) -> float:
+    return (values.std(correction=1) / math.sqrt(len(values))).item() if len(values) > 1 else math.nan

@@ -1,0 +1,49 @@
+"""Held-out figures as a table."""
+
+from collections.abc import Mapping
+from typing import Any
+
+_COLUMNS = (
+    ("mlm_loss", "loss (nats)", "{:.3f}"),
+    ("perplexity", "perplexity", "{:.1f}"),
+    ("mlm_accuracy", "words right", "{:.1%}"),
+    ("kl", "kl (nats)", "{:.3f}"),
+    ("agreement", "agreement", "{:.1%}"),
+)
+_NAMES = {"teacher": "teacher", "student_start": "student, start", "student": "student, end"}
+
+
+def heldout_rows(heldout: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Header and one row a model: each figure ± its standard error."""
+    rows = [["held-out text", *(title for _, title, _ in _COLUMNS)]]
+    for who, name in _NAMES.items():
+        if who in heldout:
+            rows.append([name, *(_cell(heldout[who], column, form) for column, _, form in _COLUMNS)])
+    return rows
+
+
+def as_console(rows: list[list[str]]) -> str:
+    """Rows aligned for a terminal."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    """Rows as a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    rule = "|" + "|".join([" --- ", *(" ---: " for _ in rows[0][1:])]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _cell(figures: Mapping[str, Any], column: str, form: str) -> str:
+    if column not in figures:
+        return "–"
+    error = figures["standard_error"].get(column)
+    text = form.format(figures[column])
+    if error is None or error != error:
+        return text
+    return f"{text} ± {form.format(error).rstrip('%')}"

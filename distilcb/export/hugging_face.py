@@ -1,0 +1,95 @@
+"""A run's checkpoint -> a Hugging Face folder, loaded back to prove that it works."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distilcb.errors import CheckpointError
+from distilcb.export.model_card import CardFacts, model_card
+
+# StepModule's attribute, and so the prefix of the student's weights in a checkpoint.
+_PREFIX = "student."
+
+
+def save_recipe_of_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Keep the configuration and tokenizer that turn a checkpoint of this model into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with_tokenizer_ids(model.config, tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def with_tokenizer_ids(config: Any, tokenizer: Any) -> Any:
+    """The configuration, with the special ids of the tokenizer (the published DistilCamemBERT's are wrong)."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(tokenizer, name) is not None:
+            setattr(config, name, getattr(tokenizer, name))
+    return config
+
+
+def export_checkpoint(checkpoint: Path, model_folder: Path, output: Path, facts: CardFacts) -> Path:
+    """Write config, fp32 safetensors, tokenizer and model card to `output`, whole or not at all.
+
+    Args:
+        checkpoint: a step_* folder.
+        model_folder: what `save_recipe_of_model` kept.
+        output: the folder to write; one that is there is replaced.
+        facts: for the model card.
+
+    Raises:
+        CheckpointError: weights that are missing, or an export that does not give the same logits back.
+    """
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32).eval()
+    _load_weights(model, _fp32_weights(checkpoint), checkpoint)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    try:
+        temporary.chmod(0o755)
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(model.config, facts), encoding="utf-8")
+        prove(temporary, model)
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return output
+
+
+@torch.no_grad()
+def prove(folder: Path, model: Any) -> None:
+    """Raise CheckpointError unless the folder, loaded back, gives the model's logits."""
+    from transformers import AutoModelForMaskedLM, AutoTokenizer
+
+    again = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(f"Bonjour, {tokenizer.mask_token} !", return_tensors="pt")["input_ids"]
+    difference = (again(ids).logits - model(ids).logits).abs().max().item()
+    if not difference <= 1e-5:
+        raise CheckpointError(f"{folder}: loaded back, its logits differ by {difference:.3g} from the model's.")
+
+
+def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    except (OSError, ValueError, KeyError, FileNotFoundError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read as a DeepSpeed checkpoint: {error}") from error
+    return {n.removeprefix(_PREFIX): w.float() for n, w in weights.items() if n.startswith(_PREFIX)}
+
+
+def _load_weights(model: Any, weights: dict[str, torch.Tensor], checkpoint: Path) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    tied = set(model._tied_weights_keys or ())
+    lacking = [name for name in missing if name not in tied and not name.endswith("position_ids")]
+    if lacking or unexpected:
+        raise CheckpointError(f"{checkpoint}: weights missing {lacking[:3]}, not known {unexpected[:3]}.")

@@ -1,0 +1,51 @@
+"""Student layers from teacher layers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from distilcb.errors import ConfigError, ModelError
+from distilcb.models.families import Family
+
+
+def spread_layers(source_layers: int, num_layers: int) -> tuple[int, ...]:
+    """Source layers spread evenly over the depth, the first and the last included.
+
+    12 -> 6 gives 0, 2, 4, 7, 9, 11, which the original Distil* students copied.
+    """
+    if num_layers == 1:
+        return (0,)
+    return tuple(round(i * (source_layers - 1) / (num_layers - 1)) for i in range(num_layers))
+
+
+@torch.no_grad()
+def copy_weights(source: nn.Module, target: nn.Module, family: Family, layers: Sequence[int]) -> None:
+    """Copy embeddings, the whole head, and for target layer i the source layer layers[i].
+
+    Raises:
+        ConfigError: a layer that the source does not have, or a map of another length than the target's depth.
+        ModelError: weights of different shapes.
+    """
+    source_layers, target_layers = family.layers(source), family.layers(target)
+    beyond = [layer for layer in layers if layer >= len(source_layers)]
+    if beyond:
+        raise ConfigError(
+            f"student.init_layers={list(layers)}: the source has layers 0 to {len(source_layers) - 1}, not {beyond}."
+        )
+    if len(layers) != len(target_layers):
+        raise ConfigError(
+            f"student.init_layers={list(layers)} lists {len(layers)} layers, the student has {len(target_layers)}. "
+            "Give one source layer for each."
+        )
+    pairs = list(zip(family.beside_layers(source), family.beside_layers(target), strict=True))
+    pairs += [(source_layers[layer], target_layers[i]) for i, layer in enumerate(layers)]
+    for from_module, to_module in pairs:
+        weights = {name: value.to(torch.float32) for name, value in from_module.state_dict().items()}
+        try:
+            to_module.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ModelError(
+                f"the student's {type(to_module).__name__} differs from the source's: {str(error).splitlines()[-1].strip()}. "
+                "Only the depth may differ; check student.config."
+            ) from error

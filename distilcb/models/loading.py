@@ -1,0 +1,67 @@
+"""Masked language models from folders and hub names: safetensors only, no remote code, no silent gaps."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distilcb.errors import ModelError
+
+
+def load_config(name: str) -> Any:
+    """The transformers configuration of a model folder, a config.json or a hub name.
+
+    Raises:
+        ModelError: nothing there that transformers can read.
+    """
+    from transformers import AutoConfig
+
+    path = Path(name).expanduser()
+    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".json")):
+        raise ModelError(f"model folder {name} does not exist. Give a folder with config.json, or a hub name.")
+    try:
+        if path.is_file():  # a bare config.json under any name
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            return AutoConfig.for_model(**facts)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model {name} cannot be read: {_first_line(error)}. Needed: a folder with config.json and "
+            "model.safetensors; without network, give a local folder in place of a hub name."
+        ) from error
+
+
+def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False) -> Any:
+    """A model with its masked-word head, in `dtype` whatever it was saved in.
+
+    Raises:
+        ModelError: unreadable, pickled without leave, or weights that leave part of the model unset.
+    """
+    from transformers import AutoModelForMaskedLM
+
+    load_config(name)
+    try:
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            name,
+            dtype=dtype,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"model {name} cannot be read: {_first_line(error)}. Needed: model.safetensors, or "
+            "--teacher.allow_pickle true for a pytorch_model.bin whose author you trust."
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"model {name} lacks {len(missing)} weights, first {missing[0]}: it has no masked-word head, or another "
+            "layout. Give a model saved with its head (…ForMaskedLM)."
+        )
+    return model
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

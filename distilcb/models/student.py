@@ -1,0 +1,76 @@
+"""The student: half the layers, whatever it starts from, in fp32 (DeepSpeed casts it)."""
+
+from typing import Any
+
+import torch
+
+from distilcb.config import StudentConfig
+from distilcb.errors import ConfigError
+from distilcb.models.families import Family, family_of
+from distilcb.models.layer_copy import copy_weights, spread_layers
+from distilcb.models.loading import load_config, load_masked_lm
+
+
+def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: int, seed: int) -> tuple[Any, Family]:
+    """A masked language model in fp32, and its family.
+
+    Args:
+        student: what to build and from what.
+        teacher: the loaded teacher model, or None where there is none.
+        vocab_size: of the tokenizer; a model with fewer entries is refused.
+        seed: of random weights.
+
+    Raises:
+        ConfigError, ModelError: sizes that do not fit, a layer map out of range, an unreadable folder.
+    """
+    source = _source(student, teacher)
+    template = _template(student, teacher, source)
+    family = family_of(template, where="student")
+    config = family.with_layers(template, _depth(student, teacher, source, template))
+    if student.dropout is not None:
+        family.set_dropout(config, student.dropout)
+    if config.vocab_size < vocab_size:
+        raise ConfigError(f"student: vocab_size {config.vocab_size}, but the tokenizer has {vocab_size} tokens.")
+    model = _random_model(config, seed)
+    if source is not None:
+        layers = student.init_layers
+        if layers is None:
+            layers = spread_layers(source.config.num_hidden_layers, config.num_hidden_layers)
+        copy_weights(source, model, family, layers)
+    if student.freeze_position_embeddings:
+        family.position_embeddings(model).weight.requires_grad_(False)
+    return model, family
+
+
+def _source(student: StudentConfig, teacher: Any | None) -> Any | None:
+    if student.init == "random":
+        return None
+    if student.init == "teacher":
+        return teacher
+    return load_masked_lm(student.init, dtype=torch.float32)
+
+
+def _template(student: StudentConfig, teacher: Any | None, source: Any | None) -> Any:
+    if student.config:
+        return load_config(student.config)
+    model = source if source is not None else teacher
+    assert model is not None  # config.py refuses a random student without teacher and student.config
+    return model.config
+
+
+def _depth(student: StudentConfig, teacher: Any | None, source: Any | None, template: Any) -> int:
+    if student.num_layers is not None:
+        return student.num_layers
+    if student.init_layers is not None:
+        return len(student.init_layers)
+    if student.config or source is not teacher:
+        return template.num_hidden_layers
+    return max(1, template.num_hidden_layers // 2)
+
+
+def _random_model(config: Any, seed: int) -> Any:
+    from transformers import AutoModelForMaskedLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)

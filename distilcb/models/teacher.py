@@ -1,0 +1,45 @@
+"""The teacher: frozen, half precision, inference only, and never part of engine or checkpoint."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distilcb.models.families import Family, family_of
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What the student learns from in one micro-batch; no gradient flows into it.
+
+    hidden: (rows, hidden) last hidden states of every row, or None where no term needs them.
+    features: (soft rows, hidden) what stands before the decoder, in the order of the rows asked for, or None.
+    decoder: weight (vocab, hidden) and bias (vocab,) or None.
+    """
+
+    hidden: Tensor | None
+    features: Tensor | None
+    decoder: tuple[Tensor, Tensor | None]
+
+
+class Teacher:
+    """Runs the teacher on a rank's own micro-batch.
+
+    It holds the bare transformers model: `deepspeed.init_inference(..., replace_with_kernel_inject=False)` was tried
+    and gave nothing measurable (docs/results/teacher_inference.md), and the bare module keeps SDPA's fast paths.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.family: Family = family_of(model.config, where="teacher")
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()  # inference_mode's tensors cannot be saved for the cosine term's backward
+    def __call__(self, input_ids: Tensor, soft_rows: Tensor | None, *, wants_hidden: bool) -> TeacherOutput:
+        """Run on (blocks, tokens) ids; `soft_rows` are the flattened rows whose distribution is needed."""
+        states = self.family.encode(self.model, input_ids)
+        hidden = states.reshape(-1, states.shape[-1])
+        features = None
+        if soft_rows is not None:
+            features = self.family.head_features(self.model, hidden.index_select(0, soft_rows))
+        return TeacherOutput(hidden if wants_hidden else None, features, self.family.decoder(self.model))

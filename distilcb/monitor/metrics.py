@@ -1,0 +1,89 @@
+"""Sums and counts, throughput, share of the device's peak, memory."""
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Dense half-precision peak of one device, in TFLOP/s. Source: NVIDIA's data sheets (SXM variants).
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "V100": 125.0, "L40S": 362.0, "A40": 150.0}
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes that decide the work of one token."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocab: int
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of the matrices of all layers."""
+        return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
+
+
+def flops_per_token(
+    student: ModelShape, teacher: ModelShape | None, *, seq_len: int, soft_share: float, head_share: float
+) -> float:
+    """Floating-point operations of one training token: 2 a weight forward, 4 backward, and attention.
+
+    Args:
+        soft_share: share of the tokens on which the teacher's distribution is made.
+        head_share: share of the tokens on which the student's is.
+
+    Source: Kaplan et al. 2020, arXiv:2001.08361, table 1, with the vocabulary head and attention counted.
+    """
+    head = student.hidden * (student.vocab + student.hidden)
+    total = 6.0 * (student.layer_parameters + head_share * head)
+    total += 12.0 * student.layers * seq_len * student.hidden
+    if teacher is not None:
+        head = teacher.hidden * (teacher.vocab + teacher.hidden)
+        total += 2.0 * (teacher.layer_parameters + soft_share * head)
+        total += 4.0 * teacher.layers * seq_len * teacher.hidden
+    return total
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's half-precision peak in FLOP/s, or None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: of the CUDA device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Window:
+    """What has gathered since the last logging step. Sums stay on the device until then."""
+
+    def __init__(self, terms: int, device: torch.device) -> None:
+        self.sums: Tensor = torch.zeros(terms, dtype=torch.float64, device=device)
+        self.steps = self.skipped = 0
+        self.data_wait_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, sums: Tensor, *, skipped: bool, data_wait_seconds: float) -> None:
+        """Take in one step. sums: (terms,) on the device."""
+        self.sums += sums
+        self.steps += 1
+        self.skipped += skipped
+        self.data_wait_seconds += data_wait_seconds
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training (an evaluation, a save)."""
+        self._started += seconds
+
+    def seconds(self) -> float:
+        """Training time since the window was opened."""
+        return max(time.perf_counter() - self._started, 1e-9)

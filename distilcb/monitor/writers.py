@@ -1,0 +1,94 @@
+"""Where figures go: progress bar, metrics.jsonl, TensorBoard. Only rank zero makes one."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+# metrics.jsonl's names -> TensorBoard's, where they are not just prefixed with train/.
+_NOT_CURVES = {"step", "tokens", "epoch", "seconds"}
+
+
+class RunWriter:
+    """Writes a run's figures to console, metrics.jsonl and TensorBoard."""
+
+    def __init__(self, run_dir: Path, *, steps: int, first_step: int) -> None:
+        """Lines and curves after `first_step`, which a killed start may have left, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / "metrics.jsonl"
+        _keep_lines_up_to(self.path, first_step)
+        self._lines = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._bar = tqdm(total=steps, initial=first_step, unit=" steps", dynamic_ncols=True, desc="training")
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._lines.close()
+        self._board.close()
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        self._bar.update()
+
+    def training(self, record: dict[str, Any]) -> None:
+        """One logged step: a line, curves under train/, and the bar's figures."""
+        self._write_line(record)
+        for name, value in record.items():
+            if name not in _NOT_CURVES and value is not None:
+                self._board.add_scalar(f"train/{name}", value, record["step"])
+        self._bar.set_postfix(
+            loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens_per_second']:,.0f}", refresh=False
+        )
+
+    def evaluation(self, step: int, figures: dict[str, Any]) -> None:
+        """Held-out figures, as in summary.json: a line and curves under eval/."""
+        flat = {
+            f"eval/{who}/{name}": value
+            for who, values in figures.items()
+            for name, value in values.items()
+            if isinstance(value, int | float)
+        }
+        self._write_line({"step": step} | flat)
+        for name, value in flat.items():
+            self._board.add_scalar(name, value, step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """A Markdown text in TensorBoard's text tab."""
+        self._board.add_text(tag, text, step)
+
+    def results(self, settings: dict[str, Any], results: dict[str, float]) -> None:
+        """The configuration and what came of it, in TensorBoard's hparams tab."""
+        plain = {n: v if isinstance(v, bool | int | float | str) else json.dumps(v) for n, v in settings.items()}
+        self._board.add_hparams(plain, results, run_name=".")
+
+    def say(self, text: str) -> None:
+        """A line above the progress bar."""
+        self._bar.write(text)
+
+    def _write_line(self, record: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(record) + "\n")
+        self._lines.flush()
+
+
+def _keep_lines_up_to(path: Path, step: int) -> None:
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a kill may have cut the last line
+        if record["step"] <= step:
+            kept.append(line)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(path)
