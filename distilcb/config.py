@@ -340,6 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.usage = "%(prog)s [--recipe FILE] [--section.name VALUE ...]"
     parser.description = (
         "Distil a teacher into a smaller student. Every setting of a recipe can be given here as --section.name VALUE."
     )
@@ -390,7 +391,9 @@ def _read_recipe(path: Path, faults: list[str]) -> dict[str, Any]:
     if tree is not None and not isinstance(tree, dict):
         faults.append(f"recipe {path}: came {type(tree).__name__}, needed sections such as 'optim:' with names below")
         return {}
-    return {name: {} if value is None else value for name, value in (tree or {}).items()}
+    tree = {name: {} if value is None else value for name, value in (tree or {}).items()}
+    tree.pop("provenance", None)  # a run folder's config.yaml serves as a recipe
+    return tree
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -161,7 +161,10 @@ def start(*, use_mpi: bool = False, timeout_minutes: float = 30) -> World:
 
 
 def stop() -> None:
-    """Leave the other ranks; does nothing where `start` was not called."""
+    """Leave the other ranks; does nothing where `start` was not called.
+
+    For good: a second `start` under torchrun would find the addresses of the first in the launcher's store.
+    """
     if group := _process_group():
         group.destroy_process_group()
 
@@ -403,8 +406,8 @@ def _import_mpi() -> Any:
         reason = str(error).partition("\n")[0]
         raise LaunchError(
             f"MPI has to say where rank 0 is, but mpi4py does not load: {reason}. Load your cluster's MPI "
-            "module and install mpi4py; or do without it (use_mpi=false): start with srun, or with mpirun and "
-            "MASTER_ADDR set to rank 0's host."
+            "module and install mpi4py; or do without it (use_mpi=false): start with srun, or with mpirun "
+            "and MASTER_ADDR set to rank 0's host."
         ) from error
     return MPI
 

@@ -1,4 +1,4 @@
-"""Who a process is under each launcher, told from environments such as that launcher makes; and two real ranks."""
+"""Who a process is under each launcher, from environments such as that launcher makes; and two real ranks."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,9 +51,6 @@ SRUN = BATCH_SHELL | {
     "SLURM_NODEID": "1",
     "SLURM_LOCALID": "2",
 }
-
-
-# torchrun and deepspeed
 
 
 def test_torchruns_variables_are_taken_as_they_are():
@@ -125,9 +122,6 @@ def test_half_of_a_launchers_variables_never_make_a_silent_world_of_one(environ)
         discover(environ)
 
 
-# mpirun and mpiexec
-
-
 def test_open_mpis_ranks_are_found_on_one_host():
     assert discover(OPENMPI) == World("openmpi", 2, 4, 2, 4, "127.0.0.1", distributed.DEFAULT_PORT)
 
@@ -160,9 +154,6 @@ def test_torchrun_under_mpirun_under_srun_is_taken_for_torchrun():
     assert discover(SRUN | OPENMPI | TORCHRUN).source == "env"
 
 
-# MPI itself
-
-
 class FakeCommunicator:
     """Rank zero of a communicator of `size` whose other ranks only listen."""
 
@@ -180,13 +171,12 @@ class FakeCommunicator:
 @pytest.fixture
 def fake_mpi(monkeypatch):
     def install(size: int, local_size: int) -> None:
-        package = ModuleType("mpi4py")
-        package.MPI = SimpleNamespace(
+        mpi = SimpleNamespace(
             COMM_WORLD=FakeCommunicator(size, local_size),
             COMM_TYPE_SHARED=1,
             Get_library_version=lambda: "Fake MPI v1, long text",
         )
-        monkeypatch.setitem(sys.modules, "mpi4py", package)
+        monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
 
     return install
 
@@ -227,11 +217,8 @@ def test_a_lone_mpi_process_in_a_batch_shell_is_refused(fake_mpi):
 
 def test_a_missing_mpi_is_a_launch_error_with_a_way_round(monkeypatch):
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(LaunchError, match="mpi4py does not load.*start with srun"):
+    with pytest.raises(LaunchError, match=r"mpi4py does not load.*start with srun"):
         discover({}, use_mpi=True)
-
-
-# Slurm
 
 
 def test_an_srun_task_knows_its_place():
@@ -280,7 +267,7 @@ def test_a_world_size_exported_by_the_batch_script_does_not_hide_srun():
 
 @pytest.mark.parametrize("step", ["", "batch", "interactive", "4294967290", "4294967291"])
 def test_the_batch_shell_of_several_tasks_is_sent_to_srun(step):
-    with pytest.raises(LaunchError, match="job 1000 has 9 tasks.*Start it with srun"):
+    with pytest.raises(LaunchError, match=r"job 1000 has 9 tasks.*Start it with srun"):
         discover(BATCH_SHELL | {"SLURM_STEP_ID": step})
 
 
@@ -314,9 +301,6 @@ def test_damaged_slurm_variables_are_launch_errors(wrong):
         discover(SRUN | wrong)
 
 
-# Ports
-
-
 def test_slurm_ports_stay_in_their_range_for_any_job():
     for job in (1, 2857, 2858, 123_456, 67_108_863):
         assert 10_000 <= discover(SRUN | {"SLURM_JOB_ID": str(job)}).master_port < 30_000
@@ -339,9 +323,6 @@ def test_a_master_port_that_is_given_is_kept(environ):
     assert discover(environ | {"MASTER_PORT": "23456"}).master_port == 23456
 
 
-# Alone
-
-
 def test_a_process_that_nobody_launched_is_a_world_of_one():
     world = discover({})
     assert (world.source, world.rank, world.size, world.local_rank, world.local_size) == (
@@ -357,9 +338,6 @@ def test_a_single_process_gets_a_port_on_which_it_can_listen():
     with socket.socket() as server:
         server.bind(("127.0.0.1", discover({}).master_port))
         server.listen()
-
-
-# What is done with it
 
 
 def test_rank_zero_is_main_and_the_first_of_a_machine_is_local_main():
@@ -497,9 +475,6 @@ def test_the_libraries_chatter_is_quiet_and_their_warnings_are_not(log):
         assert logging.getLogger(library).getEffectiveLevel() == logging.WARNING
 
 
-# Real processes
-
-
 def run(*arguments: str | Path, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """`python *arguments` without a launcher's variables; minutes, since DeepSpeed may have to compile."""
     return subprocess.run(
@@ -546,9 +521,6 @@ result = dict(
 distributed.barrier()
 distributed.stop()
 result["stopped"] = not torch.distributed.is_initialized()
-distributed.start()
-result["restarted"] = torch.distributed.is_initialized()
-distributed.stop()
 with open(f"{sys.argv[1]}/{world.rank}.json", "w") as file:
     json.dump(result, file)
 """
@@ -582,11 +554,10 @@ def test_two_ranks_agree_on_who_is_main_before_and_after_they_meet(two_ranks):
 
 
 @pytest.mark.launch
-def test_ranks_without_gpus_meet_over_gloo_and_stop_and_start_again(two_ranks):
+def test_ranks_without_gpus_meet_over_gloo_and_part_again(two_ranks):
     for rank in two_ranks[0]:
         assert (rank["size"], rank["backend"], rank["device"]) == (2, "gloo", "cpu")
         assert rank["stopped"]
-        assert rank["restarted"]
 
 
 @pytest.mark.launch

@@ -1,0 +1,195 @@
+"""The training loop, and what follows its last step."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from distilcb.config import flatten, to_plain
+from distilcb.data.loader import HeldoutBatches
+from distilcb.distributed import all_reduce_sum, on_main
+from distilcb.engine.stepper import StepResult
+from distilcb.eval.fill_mask import as_lines, fill_masks
+from distilcb.eval.masked_lm import evaluate
+from distilcb.eval.report import as_console, as_markdown, heldout_rows
+from distilcb.export.hugging_face import export_checkpoint
+from distilcb.export.model_card import CardFacts
+from distilcb.losses.triplet import TERMS, active_terms, divisors, weighted_loss
+from distilcb.monitor.metrics import Window, peak_flops, peak_memory_bytes
+from distilcb.monitor.writers import RunWriter
+from distilcb.train.build import Run, settings_for_card
+
+# Maskings of an evaluation within the run; those at the start and the end take train.eval_maskings.
+_QUICK_MASKINGS = 2
+
+
+def train(run: Run) -> None:
+    """Take the steps that are left, then finish the run folder."""
+    steps = run.config.train.steps
+    with ExitStack() as stack:
+        writer = None
+        if run.world.is_main:
+            writer = stack.enter_context(RunWriter(run.folder.path, steps=steps, first_step=run.progress.step))
+        if run.progress.step == 0:
+            _look_before_first_step(run, writer)
+        window = Window(len(TERMS), run.device)
+        for step in range(run.progress.step, steps):
+            result = run.stepper.step(step, run.batches)
+            window.add(result.sums, skipped=result.skipped, data_wait_seconds=result.data_wait_seconds)
+            run.progress.step = step + 1
+            if writer:
+                writer.advance()
+            if _due(step + 1, run.config.train.log_every, steps):
+                window = _log(run, writer, window, result)
+            if _due(step + 1, run.config.train.eval_every) and step + 1 < steps:
+                window.pause(_timed(lambda: _look_in_between(run, writer)))
+            if _due(step + 1, run.config.train.save_every, steps):
+                window.pause(_timed(lambda: _save(run, window.seconds())))
+        _finish(run, writer)
+
+
+def _due(step: int, every: int, last: int | None = None) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _timed(action: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
+def _log(run: Run, writer: RunWriter | None, window: Window, result: StepResult) -> Window:
+    """Reduce the window over ranks once, write it on rank zero, and open the next one."""
+    sums = all_reduce_sum(window.sums).tolist()
+    seconds = window.seconds()
+    run.progress.seconds += seconds
+    if writer:
+        writer.training(_record(run, window, result, sums, seconds))
+    return Window(len(TERMS), run.device)
+
+
+def _record(run: Run, window: Window, result: StepResult, sums: list[float], seconds: float) -> dict[str, Any]:
+    config = run.config
+    by = divisors(config.loss, run.counts)
+    means = {term: total / (by[term] * window.steps) for term, total in zip(TERMS, sums, strict=True)}
+    step_tokens = config.optim.global_batch * config.data.seq_len
+    rate = step_tokens * window.steps / seconds
+    peak = peak_flops(run.device)
+    record = {
+        "step": run.progress.step,
+        "tokens": run.progress.step * step_tokens,
+        "epoch": run.progress.step * config.optim.global_batch / run.micro_batches.order.size,
+        "seconds": run.progress.seconds,
+        "loss": weighted_loss(means, config.loss),
+        **{f"loss/{term}": means[term] for term in active_terms(config.loss)},
+        "lr": result.lr,
+        "grad_norm": None if result.grad_norm is None else float(result.grad_norm),
+        "loss_scale": float(run.engine.optimizer.cur_scale) if run.precision == "fp16" else 1.0,
+        "skipped_steps": window.skipped,
+        "tokens_per_second": rate,
+        "data_wait_fraction": window.data_wait_seconds / seconds,
+        "memory_bytes": peak_memory_bytes(run.device),
+    }
+    if peak:
+        record["mfu"] = rate * run.flops_per_token / (peak * run.world.size)
+    return record
+
+
+def _evaluate(run: Run, heldout: HeldoutBatches, maskings: int) -> dict[str, Any]:
+    return evaluate(run.student, run.teacher, run.family, heldout, maskings=maskings, device=run.device)
+
+
+def _look_before_first_step(run: Run, writer: RunWriter | None) -> None:
+    if run.heldout:
+        figures = _evaluate(run, run.heldout, run.config.train.eval_maskings)
+        run.progress.heldout = {"student_start": figures["student"]}
+        if "teacher" in figures:
+            run.progress.heldout = {"teacher": figures["teacher"], "student_start": figures["student"]}
+    if writer:
+        if run.heldout:
+            writer.evaluation(0, figures)
+        _write_samples(run, writer)
+
+
+def _look_in_between(run: Run, writer: RunWriter | None) -> None:
+    figures = _evaluate(run, run.heldout, _QUICK_MASKINGS) if run.heldout else None
+    if writer:
+        if figures:
+            writer.evaluation(run.progress.step, figures)
+        _write_samples(run, writer)
+
+
+def _write_samples(run: Run, writer: RunWriter) -> list[str]:
+    sentences = run.config.data.sample_sentences
+    answers = fill_masks(run.student, run.family, run.tokenizer.hugging_face, sentences, device=run.device)
+    lines = as_lines(answers)
+    writer.text("fill_mask", "\n".join(f"- {line}" for line in lines), run.progress.step)
+    return lines
+
+
+def _save(run: Run, seconds_in_window: float) -> None:
+    state = {"seconds": run.progress.seconds + seconds_in_window, "heldout": run.progress.heldout}
+    run.checkpoints.save(run.engine, step=run.progress.step, world_size=run.world.size, state=state)
+
+
+def _finish(run: Run, writer: RunWriter | None) -> None:
+    """Final figures, the exported student, summary.json, DONE, and the console's last screen."""
+    heldout = dict(run.progress.heldout or {})
+    if run.heldout:
+        figures = _evaluate(run, run.heldout, run.config.train.eval_maskings)
+        heldout["student"] = figures["student"]
+    summary = {"heldout": heldout, "train": _train_summary(run)}
+
+    def finish_on_main() -> None:
+        assert writer is not None
+        samples = _write_samples(run, writer)
+        rows = heldout_rows(heldout)
+        _export(run, as_markdown(rows) if heldout else "")
+        if heldout:
+            writer.evaluation(run.progress.step, figures)
+            results = {n: v for n, v in flatten(heldout["student"]).items() if isinstance(v, int | float)}
+            writer.results(flatten(to_plain(run.config)), {f"heldout/{n}": v for n, v in results.items()})
+        run.folder.write_summary(summary)
+        run.folder.write_done()
+        writer.say("\n" + _last_screen(run, as_console(rows) if heldout else "", samples))
+
+    on_main(finish_on_main)
+
+
+def _train_summary(run: Run) -> dict[str, Any]:
+    tokens = run.progress.step * run.config.optim.global_batch * run.config.data.seq_len
+    seconds = max(run.progress.seconds, 1e-9)
+    return {
+        "steps": run.progress.step,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_bytes": peak_memory_bytes(run.device),
+        "world_size": run.world.size,
+        "precision": run.precision,
+    }
+
+
+def _export(run: Run, table: str) -> None:
+    newest = run.checkpoints.newest()
+    assert newest is not None  # the last step has just been saved
+    assert newest.step == run.progress.step
+    facts = CardFacts(
+        name=run.folder.path.name,
+        teacher=run.config.teacher.model,
+        steps=run.progress.step,
+        tokens=_train_summary(run)["tokens"],
+        table=table,
+        settings=settings_for_card(run.config),
+    )
+    export_checkpoint(newest.path, run.folder.model, run.folder.student, facts)
+
+
+def _last_screen(run: Run, table: str, samples: list[str]) -> str:
+    parts = [table, "\n".join(samples)]
+    parts.append(
+        f"student:      {run.folder.student}\n"
+        f"curves:       tensorboard --logdir {run.folder.path.parent}\n"
+        f"summary:      {run.folder.summary}"
+    )
+    return "\n\n".join(part for part in parts if part)
