@@ -49,7 +49,7 @@ class TeacherConfig:
     model: str | None = "camembert-base"
     """folder or hub name of the teacher; null trains the student alone"""
     allow_pickle: bool = False
-    """read a pickled pytorch_model.bin where there is no safetensors file (a pickle can run code: trust its author)"""
+    """read a pickled pytorch_model.bin where there is no safetensors file; a pickle can run code: trust its author"""
 
 
 @section
@@ -59,7 +59,7 @@ class StudentConfig:
     num_layers: Count | None = None
     """transformer layers; null: half of the teacher's"""
     init_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """for each student layer the source layer that it copies, from 0; null: spread evenly, the first and last included"""
+    """for each student layer the source layer it copies, from 0; null: spread evenly, the first and last included"""
     config: str | None = None
     """a config.json for the student, in place of the one derived from the teacher"""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -414,7 +414,7 @@ def _parse_value(name: str, text: str) -> object:
     words = _type_name(hint).split("|")
     if "null" in words and text == "null":
         return None
-    if "str" in words or hint is Paths and not text.startswith("["):
+    if "str" in words or (hint is Paths and not text.startswith("[")):
         return text.split(",") if hint is Paths else text
     try:
         return yaml.safe_load(text)
@@ -446,7 +446,9 @@ def _cross_faults(config: Config) -> list[str]:
     if not any((loss.kl, loss.mlm, loss.cos, loss.mse)):
         found.append("loss: every weight is 0, so there is nothing to learn. Give loss.mlm or loss.kl a weight.")
     if loss.clm:
-        found.append(f"loss.clm={loss.clm}: next-word prediction needs a causal model, and none is supported yet. Use 0.")
+        found.append(
+            f"loss.clm={loss.clm}: next-word prediction needs a causal model, and none is supported yet. Use 0."
+        )
     if teacher.model is None:
         needing = [name for name in ("kl", "cos", "mse") if getattr(loss, name)]
         if needing:

@@ -11,15 +11,18 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from distilcb.errors import LaunchError
+from distilcb.errors import LaunchError, TrainingError, UserError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 LOOPBACK = "127.0.0.1"
 # Below the ephemeral range (32768 and up), where the kernel may have given a port away already.
@@ -130,9 +133,10 @@ def export(world: World, environ: MutableMapping[str, str]) -> None:
     environ["MASTER_ADDR"] = world.master_addr
     environ["MASTER_PORT"] = str(world.master_port)
     if world.local_size:
-        # Not LOCAL_SIZE: on CPU, DeepSpeed then keeps 66 MiB a rank in /dev/shm for each address and port,
-        # after clean exits too.
         environ["LOCAL_WORLD_SIZE"] = str(world.local_size)
+    # DeepSpeed's launcher sets it, and on CPU DeepSpeed then keeps 66 MiB a rank in /dev/shm for each address and
+    # port, after clean exits too.
+    environ.pop("LOCAL_SIZE", None)
 
 
 def start(*, use_mpi: bool = False, timeout_minutes: float = 30) -> World:
@@ -150,6 +154,7 @@ def start(*, use_mpi: bool = False, timeout_minutes: float = 30) -> World:
     """
     world = discover(use_mpi=use_mpi)
     export(world, os.environ)
+    use_own_tools()
     if _uses_cuda():
         _select_cuda_device(world)
     else:
@@ -158,6 +163,28 @@ def start(*, use_mpi: bool = False, timeout_minutes: float = 30) -> World:
     if _process_group() is None:
         _meet(world, timeout=timedelta(minutes=timeout_minutes))
     return world
+
+
+def use_own_tools() -> None:
+    """Put this Python's folder first on PATH: DeepSpeed compiles with the `ninja` it finds there.
+
+    Without it an environment that is not activated has none, or another one, for which all is compiled again.
+    """
+    own = str(Path(sys.executable).parent)
+    paths = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if paths[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])
+
+
+def compiled_operators_folder() -> Path:
+    """Where torch keeps the operators that it compiles."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+
+
+def is_compiled(operator: str) -> bool:
+    """Whether torch has compiled an operator, such as fused_adam, on this machine."""
+    folder = compiled_operators_folder()
+    return any(folder.glob(f"**/{operator}/{operator}.so"))
 
 
 def stop() -> None:
@@ -218,9 +245,7 @@ def configure_logging(world: World) -> None:
     """
     handler = logging.StreamHandler(sys.stderr)
     handler.set_name("distilcb stderr")
-    handler.setFormatter(
-        logging.Formatter("%(message)s" if world.is_main else f"[rank {world.rank}] %(message)s")
-    )
+    handler.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"[rank {world.rank}] %(message)s"))
     for earlier in [each for each in _log.handlers if each.name == handler.name]:
         _log.removeHandler(earlier)
     _log.addHandler(handler)
@@ -249,8 +274,7 @@ def _from_launcher(environ: Mapping[str, str]) -> World | None:
         size=size,
         local_rank=_number(environ, "LOCAL_RANK"),
         # deepspeed writes LOCAL_SIZE for torchrun's LOCAL_WORLD_SIZE.
-        local_size=_number(environ, "LOCAL_WORLD_SIZE", default=0)
-        or _number(environ, "LOCAL_SIZE", default=0),
+        local_size=_number(environ, "LOCAL_WORLD_SIZE", default=0) or _number(environ, "LOCAL_SIZE", default=0),
         master_addr=environ.get("MASTER_ADDR") or LOOPBACK,
         master_port=_port(environ, size=size),
     )
@@ -354,9 +378,7 @@ def _refuse_batch_shell(environ: Mapping[str, str]) -> None:
     """Raise in a Slurm job of several tasks, outside srun: one process would hold all their machines."""
     job = environ.get("SLURM_JOB_ID")
     tasks_per_node = _number(environ, "SLURM_NTASKS_PER_NODE", default=1)
-    tasks = _number(
-        environ, "SLURM_NTASKS", default=tasks_per_node * _number(environ, "SLURM_NNODES", default=1)
-    )
+    tasks = _number(environ, "SLURM_NTASKS", default=tasks_per_node * _number(environ, "SLURM_NNODES", default=1))
     if job and tasks > 1:
         raise LaunchError(
             f"Slurm job {job} has {tasks} tasks, but this process was not started by srun and would train "
@@ -510,9 +532,7 @@ def _own_address() -> str:
 def _process_group() -> Any:
     """torch.distributed where it is running, else None. Loads no torch: what is not loaded does not run."""
     distributed = sys.modules.get("torch.distributed")
-    return (
-        distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
-    )
+    return distributed if distributed and distributed.is_available() and distributed.is_initialized() else None
 
 
 def _process_group_of_several() -> Any:
@@ -560,8 +580,8 @@ def _meet(world: World, *, timeout: timedelta) -> None:
     import torch
 
     backend = "nccl" if _uses_cuda() else "gloo"
-    if backend == "gloo":
-        _log.info("DeepSpeed on CPU: its first start on a machine compiles an operator, for about a minute")
+    if backend == "gloo" and not is_compiled("deepspeed_shm_comm"):
+        _log.info("DeepSpeed compiles an operator, as it does at its first start on a machine: about a minute")
     try:
         deepspeed.init_distributed(
             dist_backend=backend,
@@ -578,3 +598,42 @@ def _meet(world: World, *, timeout: timedelta) -> None:
                 "MASTER_PORT to a free one, the same for every rank."
             ) from error
         raise
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """What `action` gives on rank zero, on every rank; a UserError there is raised on every rank.
+
+    The others wait meanwhile. Of any other exception they hear no more than that rank zero failed.
+    """
+    if _process_group_of_several() is None:
+        return action()
+    result: Any = None
+    fault: BaseException | None = None
+    if is_main_process():
+        try:
+            result = action()
+        except Exception as error:
+            fault = error
+    told = fault
+    if fault is not None and not isinstance(fault, UserError):
+        told = RuntimeError(f"rank 0 failed: {fault!r}")
+    result, told = broadcast_object((result, told))
+    if fault is not None:
+        raise fault
+    if told is not None:
+        raise told
+    return result
+
+
+def exit_code(main: Callable[[list[str]], None]) -> int:
+    """Run a command's `main` on the words after its name: 0, 2 after a user's mistake, 1 where training failed.
+
+    Every rank meets a user's mistake; rank zero prints it, without a traceback.
+    """
+    try:
+        main(sys.argv[1:])
+    except (UserError, TrainingError) as error:
+        if is_main_process():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return 2 if isinstance(error, UserError) else 1
+    return 0

@@ -3,19 +3,19 @@
 import sys
 
 from distilcb.config import parse_command_line
-from distilcb.errors import exit_code
+from distilcb.distributed import exit_code, stop
 
 
 def main(words: list[str]) -> None:
     command = parse_command_line(words)
-    from distilcb import distributed  # torch and DeepSpeed take seconds to import; --help should not
+    # torch and DeepSpeed take seconds to import; --help should not
     from distilcb.train.build import build
     from distilcb.train.loop import train
 
     run = build(command)
     if run is not None:
         train(run)
-    distributed.stop()
+    stop()
 
 
 if __name__ == "__main__":

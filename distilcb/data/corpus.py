@@ -5,7 +5,7 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +58,13 @@ def read_documents(path: Path, *, text_field: str, damage: Damage) -> Iterator[s
     Raises:
         DataError: naming the file, and the line or column where one is at fault.
     """
-    reader = {".txt": _read_text, ".jsonl": _read_json_lines, ".parquet": _read_parquet}[_format(path)]
+    readers: dict[str, Callable[[Path, str], Iterator[str | bytes]]] = {
+        ".txt": _read_text,
+        ".jsonl": _read_json_lines,
+        ".parquet": _read_parquet,
+    }
     try:
-        for text in reader(path, text_field):
+        for text in readers[_format(path)](path, text_field):
             document = _clean(text, damage)
             if document:
                 yield document
@@ -92,7 +96,10 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
     elif path.suffix == ".zst":
         import zstandard
 
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as zst:
+        with (
+            path.open("rb") as raw,
+            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as zst,
+        ):
             yield io.BufferedReader(zst, buffer_size=1 << 20)  # type: ignore[arg-type]
     else:
         with path.open("rb") as stream:

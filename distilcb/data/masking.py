@@ -51,9 +51,7 @@ class Masking:
         self._weights[vocabulary.special_ids] = 0.0
         self._ordinary = np.setdiff1d(np.arange(vocabulary.size), vocabulary.special_ids)
 
-    def apply(
-        self, blocks: NDArray[np.int64], sample_ids: NDArray[np.int64], epochs: NDArray[np.int64]
-    ) -> Masked:
+    def apply(self, blocks: NDArray[np.int64], sample_ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> Masked:
         """Mask each block. blocks: (samples, tokens); sample_ids and epochs: (samples,)."""
         keys = _sample_keys(self.seed, sample_ids, epochs)
         positions = np.sort(self._choose(blocks, keys), axis=1)
@@ -95,16 +93,12 @@ class Masking:
         )
 
 
-def _sample_keys(
-    seed: int, sample_ids: NDArray[np.int64], epochs: NDArray[np.int64]
-) -> NDArray[np.uint64]:
+def _sample_keys(seed: int, sample_ids: NDArray[np.int64], epochs: NDArray[np.int64]) -> NDArray[np.uint64]:
     keys = mix(sample_ids.astype(np.uint64) + key(seed, 3))
     return mix(keys ^ mix(epochs.astype(np.uint64) + key(seed, 4)))[:, None]
 
 
-def _uniform(
-    keys: NDArray[np.uint64], columns: NDArray[np.int64], purpose: int
-) -> NDArray[np.float64]:
+def _uniform(keys: NDArray[np.uint64], columns: NDArray[np.int64], purpose: int) -> NDArray[np.float64]:
     """A number in (0, 1) for each (sample key, column, purpose)."""
     bits = mix(keys + mix(columns.astype(np.uint64) + key(purpose)))
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53

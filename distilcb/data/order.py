@@ -76,9 +76,7 @@ class Order:
         epochs = self.epoch(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            rows[here] = permute(
-                positions[here] % self.size, self.size, key(self.seed, int(epoch), _EPOCH)
-            )
+            rows[here] = permute(positions[here] % self.size, self.size, key(self.seed, int(epoch), _EPOCH))
         if self.size < self.rows:
             rows = permute(rows, self.rows, key(self.seed, 0, _FRACTION))
         return rows

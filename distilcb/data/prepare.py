@@ -57,7 +57,8 @@ def prepare(
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
     try:
         writer = _Writer(temporary, tokenizer.vocabulary, seq_len)
-        damage, facts = Damage(), []
+        damage = Damage()
+        facts: list[dict[str, Any]] = []
         documents = _all_documents(sources, text_field, damage, facts, show_progress)
         packer = _Packer(tokenizer.vocabulary, seq_len)
         for batch in _batches(documents, _BATCH_DOCUMENTS):
@@ -216,9 +217,7 @@ def _all_documents(
                 bar.update()
                 yield document
             size = path.stat().st_size
-            facts.append(
-                {"path": str(path), "bytes": size, "documents": documents, "characters": characters}
-            )
+            facts.append({"path": str(path), "bytes": size, "documents": documents, "characters": characters})
 
 
 def _batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:

@@ -55,7 +55,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk is full or not writable; earlier checkpoints stay as they were.
         """
-        final = self.folder / f"step_{step:08d}"
+        final = self._path(step)
         temporary = self.folder / f".{final.name}.tmp"
         on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
         client_state = state | {"step": step, "world_size": world_size, "format_version": FORMAT_VERSION}
@@ -70,16 +70,26 @@ class Checkpoints:
         on_main(lambda: self._complete(temporary, final, step, world_size))
         return final
 
+    def steps(self) -> list[int]:
+        """The steps of the complete checkpoints, ascending; damaged ones included."""
+        names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step_*"))
+        return sorted(int(name[1]) for name in names if name)
+
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are what its manifest says; damaged ones are named and passed over."""
-        names = (p for p in self.folder.glob("step_*") if _NAME.fullmatch(p.name))
-        for path in sorted(names, key=lambda p: int(p.name[5:]), reverse=True):
-            fault = _fault(path)
-            if fault is None:
-                manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-                return Checkpoint(path, manifest["step"], manifest["world_size"])
+        return next((found for step in reversed(self.steps()) if (found := self.of_step(step))), None)
+
+    def of_step(self, step: int) -> Checkpoint | None:
+        """The checkpoint of a step, if its files are what its manifest says; a damaged one is named."""
+        path = self._path(step)
+        if not path.is_dir():
+            return None
+        fault = _fault(path)
+        if fault is not None:
             log.warning("checkpoint %s is damaged (%s): passed over", path, fault)
-        return None
+            return None
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        return Checkpoint(path, manifest["step"], manifest["world_size"])
 
     def load(self, engine: Any, checkpoint: Checkpoint, *, world_size: int) -> dict[str, Any]:
         """Bring engine, optimizer and loss scaler to the checkpoint's state; returns the saved `state`.
@@ -111,9 +121,11 @@ class Checkpoints:
         temporary.rename(final)
         _sync_folder(self.folder)
         write_durably(self.folder / "latest", final.name + "\n")
-        complete = sorted(p for p in self.folder.glob("step_*") if _NAME.fullmatch(p.name))
-        for old in complete[: -self.keep]:
-            shutil.rmtree(old)
+        for old in self.steps()[: -self.keep]:
+            shutil.rmtree(self._path(old))
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -156,5 +168,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-

@@ -35,9 +35,7 @@ class StepModule(nn.Module):
         super().__init__()
         self.student, self.family, self.loss = student, family, loss
 
-    def forward(
-        self, batch: Batch, teacher: TeacherOutput | None, coefficients: Coefficients
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, teacher: TeacherOutput | None, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """The weighted loss of one micro-batch, and the detached fp32 sums of each term in the order of TERMS."""
         states = self.family.encode(self.student, batch.input_ids)
         hidden = states.reshape(-1, states.shape[-1])

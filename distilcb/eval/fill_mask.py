@@ -10,7 +10,13 @@ from distilcb.models.families import Family
 
 @torch.no_grad()
 def fill_masks(
-    model: Any, family: Family, tokenizer: Any, sentences: Sequence[str], *, device: torch.device, top: int = 3
+    model: Any,
+    family: Family,
+    tokenizer: Any,
+    sentences: Sequence[str],
+    *,
+    device: torch.device,
+    top: int = 3,
 ) -> list[tuple[str, list[tuple[str, float]]]]:
     """For each sentence with one mask token: the sentence, and its `top` words with their probabilities.
 
@@ -38,6 +44,5 @@ def fill_masks(
 def as_lines(answers: Sequence[tuple[str, list[tuple[str, float]]]]) -> list[str]:
     """'sentence  ->  word 42 %, word 10 %, …' for each answer."""
     return [
-        f"{sentence}  ->  " + ", ".join(f"{word} {share:.0%}" for word, share in words)
-        for sentence, words in answers
+        f"{sentence}  ->  " + ", ".join(f"{word} {share:.0%}" for word, share in words) for sentence, words in answers
     ]

@@ -20,7 +20,13 @@ _COLUMNS = ("words", "student_nll", "student_right", "teacher_nll", "teacher_rig
 
 @torch.no_grad()
 def evaluate(
-    student: Any, teacher: Any | None, family: Family, batches: HeldoutBatches, *, maskings: int, device: torch.device
+    student: Any,
+    teacher: Any | None,
+    family: Family,
+    batches: HeldoutBatches,
+    *,
+    maskings: int,
+    device: torch.device,
 ) -> dict[str, Figures]:
     """Held-out figures of the student and, where there is one, of the teacher.
 

@@ -1,7 +1,9 @@
 """A run's checkpoint -> a Hugging Face folder, loaded back to prove that it works."""
 
+import os
 import shutil
 import tempfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,9 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, output: Path, facts:
         CheckpointError: weights that are missing, or an export that does not give the same logits back.
     """
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()  # the run has one of its own
     config = AutoConfig.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32).eval()
@@ -80,7 +84,12 @@ def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     try:
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        with (
+            open(os.devnull, "w") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+        ):  # it prints
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     except (OSError, ValueError, KeyError, FileNotFoundError) as error:
         raise CheckpointError(f"{checkpoint} cannot be read as a DeepSpeed checkpoint: {error}") from error
     return {n.removeprefix(_PREFIX): w.float() for n, w in weights.items() if n.startswith(_PREFIX)}

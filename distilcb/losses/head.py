@@ -85,9 +85,7 @@ def streamed_head(
         raise ValueError("kl and mse need the teacher's features and decoder")
     if labels.numel() > features.shape[0]:
         raise ValueError(f"{labels.numel()} labels for {features.shape[0]} rows")
-    if teacher is not None and (
-        teacher[0].shape[0] != features.shape[0] or teacher[1].shape[0] != weight.shape[0]
-    ):
+    if teacher is not None and (teacher[0].shape[0] != features.shape[0] or teacher[1].shape[0] != weight.shape[0]):
         raise ValueError(
             f"teacher: {teacher[0].shape[0]} rows, vocabulary {teacher[1].shape[0]}; "
             f"student: {features.shape[0]} rows, vocabulary {weight.shape[0]}"
@@ -143,9 +141,7 @@ class _StreamedHead(torch.autograd.Function):
         factor = grad_loss.float() * ctx.factor
         gradients = [
             (gradient * factor).to(dtype) if needed and gradient is not None else None
-            for gradient, dtype, needed in zip(
-                ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True
-            )
+            for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         ]
         return (*gradients, None, None, None)
 
@@ -189,9 +185,7 @@ class _Stream:
             assert self.teacher is not None
             features, weight, bias = self.teacher
             teacher = _logits(features[start : start + soft], weight, bias)
-            self._add_soft_targets(
-                student[:soft], teacher, gradient[:soft] if gradient is not None else None
-            )
+            self._add_soft_targets(student[:soft], teacher, gradient[:soft] if gradient is not None else None)
         hard = min(stop, self.hard_rows) - start
         if hard > 0:
             labels = self.labels[start : start + hard]

@@ -46,6 +46,6 @@ def copy_weights(source: nn.Module, target: nn.Module, family: Family, layers: S
             to_module.load_state_dict(weights)
         except RuntimeError as error:
             raise ModelError(
-                f"the student's {type(to_module).__name__} differs from the source's: {str(error).splitlines()[-1].strip()}. "
-                "Only the depth may differ; check student.config."
+                f"the student's {type(to_module).__name__} differs from the source's: "
+                f"{str(error).splitlines()[-1].strip()}. Only the depth may differ; check student.config."
             ) from error

@@ -11,16 +11,24 @@ from typing import Any
 import torch
 
 from distilcb import distributed
-from distilcb.config import CommandLine, Config, DataConfig, accumulation_steps, cache_folder, flatten
+from distilcb.config import (
+    CommandLine,
+    Config,
+    DataConfig,
+    MaskingConfig,
+    accumulation_steps,
+    cache_folder,
+)
 from distilcb.data.blocks import Blocks, check_fits
 from distilcb.data.loader import Batch, Cut, HeldoutBatches, MicroBatches, training_batches
 from distilcb.data.masking import Masking
 from distilcb.data.order import Order
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
-from distilcb.distributed import World, on_main
+from distilcb.distributed import World, is_compiled, on_main
 from distilcb.engine import deepspeed_config
 from distilcb.engine.checkpoint import Checkpoints
+from distilcb.engine.operators import FUSED_ADAM
 from distilcb.engine.optimizer import build_optimizer
 from distilcb.engine.step_module import StepModule
 from distilcb.engine.stepper import Stepper
@@ -99,10 +107,10 @@ def build(command: CommandLine) -> Run | None:
     config = command.config
     settings, why = _deepspeed_settings(config)
     precision = deepspeed_config.precision(settings)
-    accumulation_steps(config.optim, distributed.discover().size)
-    world = distributed.start()
+    world = distributed.discover()
     distributed.configure_logging(world)
     accumulation = accumulation_steps(config.optim, world.size)
+    world = distributed.start()
     folder = RunFolder(command.run_dir)
     facts = {"world_size": world.size, "precision": precision}
     state = on_main(lambda: folder.open(command, provenance(command, **facts)))
@@ -130,16 +138,24 @@ def build(command: CommandLine) -> Run | None:
     micro_batches = MicroBatches(
         blocks,
         Order(len(blocks), seed=config.train.seed, fraction=config.data.fraction),
-        _masking(config, tokenizer, blocks, seed=config.train.seed),
+        Masking(
+            config.masking,
+            tokenizer.vocabulary,
+            blocks.token_counts,
+            seq_len=config.data.seq_len,
+            seed=config.train.seed,
+        ),
         cut,
     )
-    heldout = heldout_blocks and HeldoutBatches(
-        heldout_blocks,
-        _masking(config, tokenizer, blocks, seed=_HELDOUT_SEED),
-        micro_batch=config.optim.micro_batch,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    heldout = None
+    if heldout_blocks:
+        heldout = HeldoutBatches(
+            heldout_blocks,
+            _heldout_masking(config, tokenizer, blocks),
+            micro_batch=config.optim.micro_batch,
+            rank=world.rank,
+            world_size=world.size,
+        )
     engine = start_engine(StepModule(student, family, config.loss), config, settings, world)
     masked = config.optim.global_batch * micro_batches.masking.k
     counts = Counts(attended=config.optim.global_batch * config.data.seq_len, masked=masked)
@@ -163,8 +179,10 @@ def build(command: CommandLine) -> Run | None:
     )  # fmt: skip
 
 
-# Held-out masks do not follow the run's seed, so that runs can be compared.
-_HELDOUT_SEED = 20_200_101
+def _heldout_masking(config: Config, tokenizer: TextTokenizer, blocks: Blocks) -> Masking:
+    """15 % of the tokens, all alike, from a fixed seed: the same words are asked whatever a run trains on."""
+    plain = MaskingConfig(smoothing=0.0)
+    return Masking(plain, tokenizer.vocabulary, blocks.token_counts, seq_len=config.data.seq_len, seed=0)
 
 
 def start_engine(module: StepModule, config: Config, settings: dict[str, Any], world: World) -> Any:
@@ -172,7 +190,8 @@ def start_engine(module: StepModule, config: Config, settings: dict[str, Any], w
     import deepspeed
 
     started = time.perf_counter()
-    log.info("starting DeepSpeed (the first start on a machine compiles its operators: about a minute)")
+    if not is_compiled(FUSED_ADAM):
+        log.info("DeepSpeed compiles its fused Adam, as it does at its first start on a machine: about a minute")
     optimizer = build_optimizer(module, config.optim)
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -186,9 +205,7 @@ def start_engine(module: StepModule, config: Config, settings: dict[str, Any], w
 
 def _deepspeed_settings(config: Config) -> tuple[dict[str, Any], str]:
     cuda = torch.cuda.is_available()
-    path, why = deepspeed_config.choose_file(
-        config.deepspeed, cuda=cuda, cpu_has_bf16=deepspeed_config.cpu_has_bf16()
-    )
+    path, why = deepspeed_config.choose_file(config.deepspeed, cuda=cuda, cpu_has_bf16=deepspeed_config.cpu_has_bf16())
     settings = deepspeed_config.read_file(path)
     if deepspeed_config.precision(settings) == "fp16" and not cuda:
         raise ConfigError(
@@ -220,7 +237,8 @@ def _check_models(
         longest = its_family.max_seq_len(model.config)
         if config.data.seq_len > longest:
             faults.append(
-                f"data.seq_len={config.data.seq_len}: the {name} has positions for {longest} tokens. Use {longest} or less."
+                f"data.seq_len={config.data.seq_len}: the {name} has positions for {longest} tokens. "
+                f"Use {longest} or less."
             )
         if model.config.vocab_size < tokenizer.vocabulary.size:
             faults.append(
@@ -270,12 +288,6 @@ def _open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokeni
     return blocks
 
 
-def _masking(config: Config, tokenizer: TextTokenizer, blocks: Blocks, *, seed: int) -> Masking:
-    return Masking(
-        config.masking, tokenizer.vocabulary, blocks.token_counts, seq_len=config.data.seq_len, seed=seed
-    )
-
-
 def _restore(checkpoints: Checkpoints, engine: Any, world: World, state: RunState) -> Progress:
     newest = on_main(checkpoints.newest) if state is RunState.RESUMED else None
     if newest is None:
@@ -303,8 +315,3 @@ def _flops_per_token(config: Config, student: Any, teacher: Teacher | None, coun
 def _shape(model: Any) -> ModelShape:
     c = model.config
     return ModelShape(c.num_hidden_layers, c.hidden_size, c.intermediate_size, c.vocab_size)
-
-
-def settings_for_card(config: Config) -> dict[str, Any]:
-    """The settings that a model card lists: those that decide the result."""
-    return {n: v for n, v in flatten(config).items() if n.split(".")[0] in ("loss", "masking", "optim", "student")}

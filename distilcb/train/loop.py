@@ -11,13 +11,12 @@ from distilcb.distributed import all_reduce_sum, on_main
 from distilcb.engine.stepper import StepResult
 from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import evaluate
-from distilcb.eval.report import as_console, as_markdown, heldout_rows
-from distilcb.export.hugging_face import export_checkpoint
-from distilcb.export.model_card import CardFacts
+from distilcb.eval.report import as_console, heldout_rows
 from distilcb.losses.triplet import TERMS, active_terms, divisors, weighted_loss
 from distilcb.monitor.metrics import Window, peak_flops, peak_memory_bytes
 from distilcb.monitor.writers import RunWriter
-from distilcb.train.build import Run, settings_for_card
+from distilcb.train.build import Run
+from distilcb.train.export import write_student
 
 # Maskings of an evaluation within the run; those at the start and the end take train.eval_maskings.
 _QUICK_MASKINGS = 2
@@ -42,9 +41,9 @@ def train(run: Run) -> None:
             if _due(step + 1, run.config.train.log_every, steps):
                 window = _log(run, writer, window, result)
             if _due(step + 1, run.config.train.eval_every) and step + 1 < steps:
-                window.pause(_timed(lambda: _look_in_between(run, writer)))
+                window.pause(_timed(_look_in_between, run, writer))
             if _due(step + 1, run.config.train.save_every, steps):
-                window.pause(_timed(lambda: _save(run, window.seconds())))
+                window.pause(_timed(_save, run, window.seconds()))
         _finish(run, writer)
 
 
@@ -52,9 +51,9 @@ def _due(step: int, every: int, last: int | None = None) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _timed(action: Callable[[], None]) -> float:
+def _timed(action: Callable[..., None], *arguments: Any) -> float:
     started = time.perf_counter()
-    action()
+    action(*arguments)
     return time.perf_counter() - started
 
 
@@ -144,7 +143,7 @@ def _finish(run: Run, writer: RunWriter | None) -> None:
         assert writer is not None
         samples = _write_samples(run, writer)
         rows = heldout_rows(heldout)
-        _export(run, as_markdown(rows) if heldout else "")
+        _export(run, heldout)
         if heldout:
             writer.evaluation(run.progress.step, figures)
             results = {n: v for n, v in flatten(heldout["student"]).items() if isinstance(v, int | float)}
@@ -170,19 +169,10 @@ def _train_summary(run: Run) -> dict[str, Any]:
     }
 
 
-def _export(run: Run, table: str) -> None:
-    newest = run.checkpoints.newest()
+def _export(run: Run, heldout: dict[str, Any]) -> None:
+    newest = run.checkpoints.of_step(run.progress.step)
     assert newest is not None  # the last step has just been saved
-    assert newest.step == run.progress.step
-    facts = CardFacts(
-        name=run.folder.path.name,
-        teacher=run.config.teacher.model,
-        steps=run.progress.step,
-        tokens=_train_summary(run)["tokens"],
-        table=table,
-        settings=settings_for_card(run.config),
-    )
-    export_checkpoint(newest.path, run.folder.model, run.folder.student, facts)
+    write_student(run.folder, newest, run.config, heldout, run.folder.student)
 
 
 def _last_screen(run: Run, table: str, samples: list[str]) -> str:

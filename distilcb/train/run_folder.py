@@ -1,12 +1,12 @@
 """The run folder: what a run is, what it has done, and whether it may go on.
 
-    config.yaml    resolved configuration and, under `provenance`, recipe, versions, commit, command line
-    checkpoints/   see engine/checkpoint.py
-    student/       the exported model
-    tensorboard/   curves
-    metrics.jsonl  a JSON object a logged step
-    summary.json   held-out and training figures
-    DONE           written last
+config.yaml    resolved configuration and, under `provenance`, recipe, versions, commit, command line
+checkpoints/   see engine/checkpoint.py
+student/       the exported model
+tensorboard/   curves
+metrics.jsonl  a JSON object a logged step
+summary.json   held-out and training figures
+DONE           written last
 """
 
 import json
@@ -100,10 +100,9 @@ class RunFolder:
             raise CheckpointError(f"{self.config} cannot be read: {error}. Start anew with --fresh.") from error
         if changed:
             raise CheckpointError(
-                "\n  ".join(
-                    [f"{self.path} was begun with other settings:", *changed]
-                    + ["Use the same settings, another --run_dir, or start anew with --fresh."]
-                )
+                f"{self.path} was begun with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\n  Use the same settings, another --run_dir, or start anew with --fresh."
             )
 
 

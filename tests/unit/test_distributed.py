@@ -306,9 +306,7 @@ def test_slurm_ports_stay_in_their_range_for_any_job():
         assert 10_000 <= discover(SRUN | {"SLURM_JOB_ID": str(job)}).master_port < 30_000
 
 
-@pytest.mark.parametrize(
-    "other", [{"SLURM_JOB_ID": "1001"}, {"SLURM_STEP_ID": "4"}, {"SLURM_RESTART_COUNT": "1"}]
-)
+@pytest.mark.parametrize("other", [{"SLURM_JOB_ID": "1001"}, {"SLURM_STEP_ID": "4"}, {"SLURM_RESTART_COUNT": "1"}])
 def test_the_next_job_step_or_restart_gets_another_port(other):
     assert discover(SRUN | other).master_port != discover(SRUN).master_port
 
@@ -377,13 +375,9 @@ def environ_of_nobody(monkeypatch):
 
 
 def clean_environ() -> dict[str, str]:
-    launchers = (
-        r"SLURM_.*|OMPI_.*|MV2_.*|PMI_.*|MPI_LOCAL.*|MASTER_.*|(LOCAL_|GROUP_)?RANK|.*WORLD_SIZE|LOCAL_SIZE"
-    )
+    launchers = r"SLURM_.*|OMPI_.*|MV2_.*|PMI_.*|MPI_LOCAL.*|MASTER_.*|(LOCAL_|GROUP_)?RANK|.*WORLD_SIZE|LOCAL_SIZE"
     settings = r"TORCHELASTIC_.*|DS_ACCELERATOR|OMP_NUM_THREADS"
-    return {
-        name: text for name, text in os.environ.items() if not re.fullmatch(f"{launchers}|{settings}", name)
-    }
+    return {name: text for name, text in os.environ.items() if not re.fullmatch(f"{launchers}|{settings}", name)}
 
 
 @pytest.mark.parametrize(

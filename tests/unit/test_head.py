@@ -51,8 +51,7 @@ class Case:
         teacher = reference.logits(*(cast(part) for part in self.teacher))
         soft = slice(0, soft_rows)
         loss = (
-            coefficients.kl
-            * reference.soft_target_kl(student[soft], teacher[soft], temperature=temperature)
+            coefficients.kl * reference.soft_target_kl(student[soft], teacher[soft], temperature=temperature)
             + coefficients.mlm * reference.masked_lm(student[:LABELLED], self.labels)
             + coefficients.mse * reference.logit_mse(student[soft], teacher[soft])
         )
@@ -76,9 +75,7 @@ def relative_error(found, wanted):
         HeadCoefficients(kl=5 / 2_000_000, mlm=2 / 300_000),
     ],
 )
-def test_streamed_head_equals_the_plain_one_in_loss_and_all_gradients(
-    coefficients, chunk_rows, bias, soft_rows
-):
+def test_streamed_head_equals_the_plain_one_in_loss_and_all_gradients(coefficients, chunk_rows, bias, soft_rows):
     case = Case(bias=bias)
     loss, sums = case.streamed(coefficients, chunk_rows=chunk_rows, soft_rows=soft_rows)
     gradients = torch.autograd.grad(loss, case.leaves)

@@ -1,0 +1,77 @@
+"""DeepSpeed's compiled operators, built once ahead of time: python -m distilcb.engine.operators
+
+DeepSpeed builds them at first use otherwise, for about a minute and in every rank at once. Run by `make` after the
+installation; on a cluster, once on a node of the kind that will train.
+"""
+
+import os
+import subprocess
+import sys
+import time
+
+from distilcb.distributed import compiled_operators_folder, exit_code, is_compiled, use_own_tools
+from distilcb.errors import LaunchError
+
+FUSED_ADAM, CPU_COMMUNICATION = "fused_adam", "deepspeed_shm_comm"
+TIMEOUT_SECONDS = 900
+
+_BUILD = "from distilcb.engine.operators import build_here; build_here()"
+
+
+def needed_operators() -> tuple[str, ...]:
+    """The operators that training uses on this machine."""
+    import torch
+
+    return (FUSED_ADAM,) if torch.cuda.is_available() else (FUSED_ADAM, CPU_COMMUNICATION)
+
+
+def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    """Build what is not built yet, in a process of its own, saying so.
+
+    Raises:
+        LaunchError: no compiler, a build that fails, or one that takes too long (a lock that a killed build left).
+    """
+    use_own_tools()
+    waiting = [name for name in needed_operators() if not is_compiled(name)]
+    if not waiting:
+        return
+    print(f"compiling DeepSpeed's operators ({', '.join(waiting)}): about a minute, once", flush=True)
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _BUILD],
+            capture_output=True,
+            text=True,
+            timeout=timeout_seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(
+            f"compiling {', '.join(waiting)} took over {timeout_seconds:.0f} s. A build that was killed leaves a file "
+            f"'lock' under {compiled_operators_folder()}: remove it and try again."
+        ) from error
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise LaunchError(
+            f"DeepSpeed's operators cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: a C++ compiler "
+            "(apt-get install g++, or module load gcc) and ninja."
+        )
+    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def build_here() -> None:
+    """Build and load every needed operator in this process."""
+    from deepspeed.accelerator import get_accelerator
+
+    builders = {FUSED_ADAM: "FusedAdamBuilder", CPU_COMMUNICATION: "ShareMemCommBuilder"}
+    for name in needed_operators():
+        get_accelerator().create_op_builder(builders[name]).load(verbose=False)
+
+
+def _main(_words: list[str]) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    build_operators()
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(_main))

@@ -1,0 +1,59 @@
+"""A run folder's checkpoint, as a Hugging Face folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distilcb.config import Config, flatten, load_recipe
+from distilcb.engine.checkpoint import Checkpoint, Checkpoints
+from distilcb.errors import CheckpointError
+from distilcb.eval.report import as_markdown, heldout_rows
+from distilcb.export.hugging_face import export_checkpoint
+from distilcb.export.model_card import CardFacts
+from distilcb.train.run_folder import RunFolder
+
+_SECTIONS = ("loss", "masking", "optim", "student")
+
+
+def export_run(run_dir: Path, *, step: int | None, output: Path) -> Path:
+    """Export the checkpoint of `step`, or the newest good one, to `output`.
+
+    Raises:
+        CheckpointError: no run folder, no such checkpoint, or an output that is there already.
+    """
+    folder = RunFolder(run_dir.absolute())
+    if not folder.config.is_file():
+        raise CheckpointError(f"{run_dir} is no run folder: it has no config.yaml.")
+    if output.exists():
+        raise CheckpointError(f"{output} is there already. Name another folder, or move it aside.")
+    checkpoint = _find(folder, step)
+    heldout: dict[str, Any] = {}
+    if folder.summary.is_file():
+        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        if summary["train"]["steps"] == checkpoint.step:  # the figures are of the last step
+            heldout = summary["heldout"]
+    return write_student(folder, checkpoint, load_recipe(folder.config), heldout, output)
+
+
+def write_student(
+    folder: RunFolder, checkpoint: Checkpoint, config: Config, heldout: dict[str, Any], output: Path
+) -> Path:
+    """Export a run's checkpoint with a model card that holds `heldout`, as in summary.json; empty: no table."""
+    facts = CardFacts(
+        name=folder.path.name,
+        teacher=config.teacher.model,
+        steps=checkpoint.step,
+        tokens=checkpoint.step * config.optim.global_batch * config.data.seq_len,
+        table=as_markdown(heldout_rows(heldout)) if heldout else "",
+        settings={n: v for n, v in flatten(config).items() if n.split(".")[0] in _SECTIONS},
+    )
+    return export_checkpoint(checkpoint.path, folder.model, output, facts)
+
+
+def _find(folder: RunFolder, step: int | None) -> Checkpoint:
+    checkpoints = Checkpoints(folder.checkpoints, keep=1)
+    found = checkpoints.newest() if step is None else checkpoints.of_step(step)
+    if found is None:
+        there = ", ".join(str(s) for s in checkpoints.steps()) or "none"
+        raise CheckpointError(f"{folder.checkpoints}: no good checkpoint of step {step}. Steps there: {there}.")
+    return found
