@@ -85,9 +85,9 @@ class DataConfig:
     workers: Annotated[int, Field(ge=0)] = 2
     """processes that make batches ahead of time, a rank; 0: none"""
     sample_sentences: tuple[str, ...] = (
-        "Le camembert est un <mask> délicieux.",
-        "Il a ouvert la <mask> et il est sorti.",
-        "Je voudrais un verre d'<mask>, s'il vous plaît.",
+        "La jeune <mask> se mit à pleurer.",
+        "Je vous remercie, monsieur le <mask>.",
+        "Il était une <mask> un roi.",
     )
     """sentences with one <mask> each, filled by the student as it learns"""
     cache: str | None = None
@@ -229,7 +229,8 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 def differences(old: dict[str, Any], new: Config) -> list[str]:
     """Lines 'name: old -> new' for each setting that differs and can alter the result."""
-    before, after = flatten(old), flatten(to_plain(new))
+    before = flatten({name: value for name, value in old.items() if name != "provenance"})
+    after = flatten(to_plain(new))
     return [
         f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
@@ -253,6 +254,8 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
     tree = _read_recipe(recipe, faults)
     for name, text in overrides.items():
         _set(tree, name, _parse_value(name, text))
+    if not known.dry_run and not _names_text(tree):
+        faults.append("data.train is empty: name text or prepared blocks with --data.train FILE_OR_FOLDER")
     config = validate(tree, faults)
     if known.print_config:
         print(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), end="")
@@ -277,9 +280,9 @@ def validate(tree: dict[str, Any], faults: Sequence[str] = ()) -> Config:
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except pydantic.ValidationError as error:
-        found += [_describe(fault) for fault in error.errors()]
+        found += [*map(_describe, error.errors()), *_boolean_faults(tree)]
     else:
-        found += _cross_faults(config)
+        found += [*_boolean_faults(tree), *_cross_faults(config)]
         if not found:
             return config
     raise ConfigError("\n  ".join(found) if len(found) == 1 else "\n  ".join([f"{len(found)} faults:", *found]))
@@ -336,10 +339,15 @@ def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose faults are those of a user: one message, on one rank."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "%(prog)s [--recipe FILE] [--section.name VALUE ...]"
     parser.description = (
         "Distil a teacher into a smaller student. Every setting of a recipe can be given here as --section.name VALUE."
@@ -354,7 +362,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, hint, default, meaning in _options():
         head = name.split(".")[0] if "." in name else "other"
         group = groups.setdefault(head, parser.add_argument_group(head))
-        shown = "null" if default is None else "[]" if default == () else default
+        shown = default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)
         help_text = f"{meaning} (default: {shown})".replace("%", "%%")
         group.add_argument(f"--{name}", dest=name, metavar=_type_name(hint).replace("%", "%%"), help=help_text)
     return parser
@@ -391,7 +399,8 @@ def _read_recipe(path: Path, faults: list[str]) -> dict[str, Any]:
     if tree is not None and not isinstance(tree, dict):
         faults.append(f"recipe {path}: came {type(tree).__name__}, needed sections such as 'optim:' with names below")
         return {}
-    tree = {name: {} if value is None else value for name, value in (tree or {}).items()}
+    sections = {field.name for field in fields(Config) if is_dataclass(field.default)}
+    tree = {name: {} if value is None and name in sections else value for name, value in (tree or {}).items()}
     tree.pop("provenance", None)  # a run folder's config.yaml serves as a recipe
     return tree
 
@@ -401,11 +410,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {key for key in keys if keys.count(key) > 1}
+        twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{sorted(map(str, twice))} written twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"{sorted(twice)} written twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -422,11 +429,18 @@ def _parse_value(name: str, text: str) -> object:
         return text
 
 
+def _names_text(tree: dict[str, Any]) -> bool:
+    data = tree.get("data")
+    return isinstance(data, dict) and bool(data.get("train"))
+
+
 def _set(tree: dict[str, Any], dotted: str, value: object) -> None:
     *sections, name = dotted.split(".")
     for part in sections:
-        inner = tree.get(part)
-        tree[part] = dict(inner) if isinstance(inner, dict) else {}
+        inner = tree.get(part, {})
+        if not isinstance(inner, dict):
+            return  # a section that is none: validate says so
+        tree[part] = dict(inner)
         tree = tree[part]
     tree[name] = value
 
@@ -437,6 +451,16 @@ def _describe(fault: Any) -> str:
         sections = [field.name for field in fields(Config)]
         return f"unknown setting {_with_nearest(path, [name for name, *_ in _options()] + sections)}"
     return f"{path}={fault['input']!r}: {fault['msg']}"
+
+
+def _boolean_faults(tree: dict[str, Any]) -> list[str]:
+    """true and false where a number belongs: pydantic takes them for 1 and 0."""
+    kinds = {name: _type_name(hint).split("|")[0] for name, hint, *_ in _options()}
+    return [
+        f"{name}={value!r}: Input should be a number, not a boolean"
+        for name, value in flatten(tree).items()
+        if isinstance(value, bool) and kinds.get(name) in ("int", "float")
+    ]
 
 
 def _cross_faults(config: Config) -> list[str]:

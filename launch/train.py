@@ -10,10 +10,12 @@ def main(words: list[str]) -> None:
     command = parse_command_line(words)
     # torch and DeepSpeed take seconds to import; --help should not
     from distilcb.train.build import build
+    from distilcb.train.dry_run import dry_run
     from distilcb.train.loop import train
 
-    run = build(command)
-    if run is not None:
+    if command.dry_run:
+        dry_run(command)
+    elif (run := build(command)) is not None:
         train(run)
     stop()
 

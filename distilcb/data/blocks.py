@@ -10,11 +10,13 @@ Any tool that reads Arrow reads it: datasets.load_dataset("arrow", data_files="<
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distilcb.data.order import mix
+from distilcb.data.tokenizer import Vocabulary
 from distilcb.errors import DataError
 
 FORMAT_VERSION = 1
@@ -71,6 +73,17 @@ def read_description(folder: Path) -> Description:
         raise DataError(f"{folder / DESCRIPTION} cannot be read ({error}). Prepare the text again.") from error
 
 
+class BlockSource(Protocol):
+    """What batches are made from."""
+
+    token_counts: NDArray[np.int64]
+
+    def __len__(self) -> int: ...
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(rows, tokens) int64 token ids."""
+
+
 class Blocks:
     """Prepared blocks, opened for random reading; processes share the pages of the files."""
 
@@ -112,3 +125,23 @@ def check_fits(blocks: Blocks, *, seq_len: int, fingerprint: str, tokenizer: str
             f"{blocks.folder} holds blocks of {made.seq_len} tokens, data.seq_len is {seq_len}. "
             f"Give --data.seq_len {made.seq_len}, or prepare the text again."
         )
+
+
+class RandomBlocks:
+    """Blocks of random words, for runs that try a machine rather than train; the same for the same row."""
+
+    def __init__(self, vocabulary: Vocabulary, *, seq_len: int, blocks: int) -> None:
+        self.vocabulary, self.seq_len, self.blocks = vocabulary, seq_len, blocks
+        self.token_counts: NDArray[np.int64] = np.ones(vocabulary.size, dtype=np.int64)
+        self._words = np.setdiff1d(np.arange(vocabulary.size), vocabulary.special_ids)
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(rows, tokens) int64 token ids."""
+        places = rows[:, None] * self.seq_len + np.arange(self.seq_len, dtype=np.int64)
+        bits = mix(places.astype(np.uint64))
+        blocks = self._words[(bits % np.uint64(self._words.size)).astype(np.int64)]
+        blocks[:, 0], blocks[:, -1] = self.vocabulary.bos_id, self.vocabulary.eos_id
+        return blocks

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distilcb.data.blocks import Blocks
+from distilcb.data.blocks import BlockSource
 from distilcb.data.masking import Masking
 from distilcb.data.order import Order
 
@@ -64,7 +64,7 @@ class Cut:
 class MicroBatches(Dataset):
     """Micro-batches by number: item i is micro-batch i % accumulation of step i // accumulation."""
 
-    def __init__(self, blocks: Blocks, order: Order, masking: Masking, cut: Cut) -> None:
+    def __init__(self, blocks: BlockSource, order: Order, masking: Masking, cut: Cut) -> None:
         self.blocks, self.order, self.masking, self.cut = blocks, order, masking, cut
 
     def __getitem__(self, index: int) -> Batch:
@@ -108,7 +108,7 @@ def training_batches(
 class HeldoutBatches:
     """The held-out blocks under fixed maskings, dealt to ranks in turn."""
 
-    def __init__(self, blocks: Blocks, masking: Masking, *, micro_batch: int, rank: int, world_size: int) -> None:
+    def __init__(self, blocks: BlockSource, masking: Masking, *, micro_batch: int, rank: int, world_size: int) -> None:
         self.blocks, self.masking, self.micro_batch = blocks, masking, micro_batch
         self._rows = np.arange(rank, len(blocks), world_size, dtype=np.int64)
 

@@ -73,7 +73,13 @@ def read_file(path: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
     except (OSError, ValueError) as error:
         raise ConfigError(f"DeepSpeed file {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"DeepSpeed file {path}: came {type(settings).__name__}, needed an object of settings")
     faults = [_fault(key) for key in settings if key not in ALLOWED]
+    sections = ("zero_optimization", "fp16", "bf16", "data_types")
+    faults += [f"'{key}' should hold an object of settings" for key in sections if not _is_object(settings, key)]
+    if faults:
+        raise ConfigError("\n  ".join([f"DeepSpeed file {path}:", *faults]))
     if settings.get("fp16", {}).get("enabled") and settings.get("bf16", {}).get("enabled"):
         faults.append("fp16 and bf16 are both enabled: choose one")
     stage = settings.get("zero_optimization", {}).get("stage", 0)
@@ -112,6 +118,10 @@ def _fault(key: str) -> str:
         return f"'{key}' does not belong here; the recipe says it in {IN_RECIPE[key]}"
     near = difflib.get_close_matches(key, ALLOWED, n=1)
     return f"unknown key '{key}'" + (f": did you mean '{near[0]}'?" if near else f". Known: {', '.join(ALLOWED)}")
+
+
+def _is_object(settings: dict[str, Any], key: str) -> bool:
+    return isinstance(settings.get(key, {}), dict)
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from distilcb.config import (
     accumulation_steps,
     cache_folder,
 )
-from distilcb.data.blocks import Blocks, check_fits
+from distilcb.data.blocks import Blocks, BlockSource, check_fits
 from distilcb.data.loader import Batch, Cut, HeldoutBatches, MicroBatches, training_batches
 from distilcb.data.masking import Masking
 from distilcb.data.order import Order
@@ -32,7 +32,7 @@ from distilcb.engine.operators import FUSED_ADAM
 from distilcb.engine.optimizer import build_optimizer
 from distilcb.engine.step_module import StepModule
 from distilcb.engine.stepper import Stepper
-from distilcb.errors import ConfigError, DataError
+from distilcb.errors import ConfigError
 from distilcb.export.hugging_face import save_recipe_of_model
 from distilcb.losses.triplet import Counts
 from distilcb.models.families import Family
@@ -43,6 +43,9 @@ from distilcb.monitor.metrics import ModelShape, flops_per_token
 from distilcb.train.run_folder import RunFolder, RunState, provenance
 
 log = logging.getLogger(__name__)
+
+# Tokens of a forward pass in evaluation, at least.
+_HELDOUT_TOKENS = 8192
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -59,18 +62,34 @@ class Progress:
     heldout: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a run takes place: ranks, device, DeepSpeed's settings and the precision that follows from them."""
+
+    world: World
+    device: torch.device
+    settings: dict[str, Any]
+    precision: str
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher (on its device), student (fp32, still on the CPU) and the tokenizer that both understand."""
+
+    teacher: Teacher | None
+    student: Any
+    family: Family
+    tokenizer: TextTokenizer
+
+
 @dataclass
 class Run:
     """Everything that the loop uses."""
 
-    command: CommandLine
-    world: World
-    device: torch.device
-    precision: str
+    config: Config
+    place: Place
     folder: RunFolder
-    tokenizer: TextTokenizer
-    family: Family
-    teacher: Teacher | None
+    models: Models
     engine: Any
     stepper: Stepper
     micro_batches: MicroBatches
@@ -78,17 +97,16 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     counts: Counts
-    flops_per_token: float
-
-    @property
-    def config(self) -> Config:
-        """The run's configuration."""
-        return self.command.config
 
     @property
     def student(self) -> Any:
         """The student model inside the engine, in the run's precision."""
         return self.engine.module.student
+
+    @cached_property
+    def flops_per_token(self) -> float:
+        """Work of one training token, see monitor/metrics.py."""
+        return _flops_per_token(self.config, self.models, self.counts)
 
     @cached_property
     def batches(self) -> Iterator[Batch]:
@@ -98,95 +116,113 @@ class Run:
             first_step=self.progress.step,
             last_step=self.config.train.steps,
             workers=self.config.data.workers,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.place.device.type == "cuda",
         )
 
 
 def build(command: CommandLine) -> Run | None:
-    """Wire a run on this rank; None where the run folder says that it is done."""
-    config = command.config
+    """Wire a run on this rank; None where the run folder says that it is done.
+
+    The run folder is made once models and text are known to fit, so that a mistake leaves nothing behind.
+    """
+    config, folder = command.config, RunFolder(command.run_dir)
+    place = take_place(config)
+    state = on_main(lambda: folder.look(command))
+    if state is RunState.DONE:
+        log.info("%s is DONE: nothing to do. --fresh starts anew and keeps it aside.", folder.path)
+        return None
+    models = build_models(config, place)
+    train_blocks, heldout_blocks = _open_text(config, models.tokenizer, place.world)
+    facts = {"precision": place.precision, "text": _contents(train_blocks, heldout_blocks)}
+    on_main(lambda: folder.begin_or_check(command, state, provenance(command, place.world.size), facts))
+    on_main(lambda: save_recipe_of_model(folder.model, models.student, models.tokenizer.hugging_face))
+    engine, stepper, micro_batches, counts = wire_stepper(config, place, models, train_blocks)
+    checkpoints = Checkpoints(folder.checkpoints, keep=config.train.keep_checkpoints)
+    progress = _restore(checkpoints, engine, place.world, state)
+    heldout = None
+    if heldout_blocks:
+        heldout = _heldout_batches(config, place.world, models.tokenizer, heldout_blocks)
+    return Run(config, place, folder, models, engine, stepper, micro_batches, heldout, checkpoints, progress, counts)
+
+
+def take_place(config: Config) -> Place:
+    """Meet the other ranks and settle device, sharding and precision; says which and why.
+
+    Raises:
+        ConfigError: a global batch that does not divide, or a DeepSpeed file that cannot be used here.
+    """
     settings, why = _deepspeed_settings(config)
-    precision = deepspeed_config.precision(settings)
     world = distributed.discover()
     distributed.configure_logging(world)
     accumulation = accumulation_steps(config.optim, world.size)
     world = distributed.start()
-    folder = RunFolder(command.run_dir)
-    facts = {"world_size": world.size, "precision": precision}
-    state = on_main(lambda: folder.open(command, provenance(command, **facts)))
-    if state is RunState.DONE:
-        log.info("%s is DONE: nothing to do. --fresh starts anew and keeps it aside.", folder.path)
-        return None
+    precision = deepspeed_config.precision(settings)
     log.info("precision: %s (%s)", precision, why)
+    micro_batch, global_batch = config.optim.micro_batch, config.optim.global_batch
     log.info(
         "world: %d ranks x micro-batch %d x accumulation %d = global batch %d",
-        world.size, config.optim.micro_batch, accumulation, config.optim.global_batch,
-    )  # fmt: skip
-    device = distributed.device()
-    cut = Cut(config.optim.global_batch, config.optim.micro_batch, world.rank, world.size)
-    teacher = _build_teacher(config, DTYPES[precision], device)
-    tokenizer = TextTokenizer(_tokenizer_folder(config))
+        *(world.size, micro_batch, accumulation, global_batch),
+    )
+    return Place(world, distributed.device(), settings, precision)
+
+
+def build_models(config: Config, place: Place) -> Models:
+    """Load the teacher and build the student.
+
+    Raises:
+        ConfigError, ModelError: whatever does not fit together.
+    """
+    teacher = None
+    if config.teacher.model is not None:
+        dtype, pickle = DTYPES[place.precision], config.teacher.allow_pickle
+        teacher = Teacher(load_masked_lm(config.teacher.model, dtype=dtype, allow_pickle=pickle).to(place.device))
+    tokenizer = TextTokenizer(config.data.tokenizer or config.teacher.model or config.student.init)
     student, family = build_student(
         config.student,
         teacher=teacher.model if teacher else None,
         vocab_size=tokenizer.vocabulary.size,
         seed=config.train.seed,
     )
-    _check_models(config, teacher, student, family, tokenizer)
-    blocks, heldout_blocks = _open_text(config, tokenizer, folder, world)
-    on_main(lambda: save_recipe_of_model(folder.model, student, tokenizer.hugging_face))
-    micro_batches = MicroBatches(
-        blocks,
-        Order(len(blocks), seed=config.train.seed, fraction=config.data.fraction),
-        Masking(
-            config.masking,
-            tokenizer.vocabulary,
-            blocks.token_counts,
-            seq_len=config.data.seq_len,
-            seed=config.train.seed,
-        ),
-        cut,
-    )
-    heldout = None
-    if heldout_blocks:
-        heldout = HeldoutBatches(
-            heldout_blocks,
-            _heldout_masking(config, tokenizer, blocks),
-            micro_batch=config.optim.micro_batch,
-            rank=world.rank,
-            world_size=world.size,
-        )
-    engine = start_engine(StepModule(student, family, config.loss), config, settings, world)
-    masked = config.optim.global_batch * micro_batches.masking.k
-    counts = Counts(attended=config.optim.global_batch * config.data.seq_len, masked=masked)
+    models = Models(teacher, student, family, tokenizer)
+    _check_models(config, models)
+    return models
+
+
+def wire_stepper(
+    config: Config, place: Place, models: Models, blocks: BlockSource
+) -> tuple[Any, Stepper, MicroBatches, Counts]:
+    """DeepSpeed's engine, the stepper around it, and the batches that it takes."""
+    optim, world, seed = config.optim, place.world, config.train.seed
+    cut = Cut(optim.global_batch, optim.micro_batch, world.rank, world.size)
+    vocabulary, seq_len = models.tokenizer.vocabulary, config.data.seq_len
+    masking = Masking(config.masking, vocabulary, blocks.token_counts, seq_len=seq_len, seed=seed)
+    order = Order(len(blocks), seed=seed, fraction=config.data.fraction)
+    counts = Counts(attended=optim.global_batch * seq_len, masked=optim.global_batch * masking.k)
+    engine = start_engine(StepModule(models.student, models.family, config.loss), config, place)
     stepper = Stepper(
         engine,
-        teacher,
+        models.teacher,
         loss=config.loss,
-        optim=config.optim,
+        optim=optim,
         counts=counts,
         cut=cut,
         steps=config.train.steps,
-        seed=config.train.seed,
-        dropout=family.dropout(student.config),
-        device=device,
+        seed=seed,
+        dropout=models.family.dropout(models.student.config),
+        device=place.device,
     )
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.train.keep_checkpoints)
-    progress = _restore(checkpoints, engine, world, state)
-    return Run(
-        command, world, device, precision, folder, tokenizer, family, teacher, engine, stepper, micro_batches,
-        heldout, checkpoints, progress, counts, _flops_per_token(config, student, teacher, counts),
-    )  # fmt: skip
+    return engine, stepper, MicroBatches(blocks, order, masking, cut), counts
 
 
-def _heldout_masking(config: Config, tokenizer: TextTokenizer, blocks: Blocks) -> Masking:
+def _heldout_batches(config: Config, world: World, tokenizer: TextTokenizer, blocks: Blocks) -> HeldoutBatches:
     """15 % of the tokens, all alike, from a fixed seed: the same words are asked whatever a run trains on."""
-    plain = MaskingConfig(smoothing=0.0)
-    return Masking(plain, tokenizer.vocabulary, blocks.token_counts, seq_len=config.data.seq_len, seed=0)
+    plain, seq_len = MaskingConfig(smoothing=0.0), config.data.seq_len
+    masking = Masking(plain, tokenizer.vocabulary, blocks.token_counts, seq_len=seq_len, seed=0)
+    return HeldoutBatches(blocks, masking, micro_batch=config.optim.micro_batch, rank=world.rank, world_size=world.size)
 
 
-def start_engine(module: StepModule, config: Config, settings: dict[str, Any], world: World) -> Any:
-    """DeepSpeed's engine around student and objective. settings: of a ds_configs file."""
+def start_engine(module: StepModule, config: Config, place: Place) -> Any:
+    """DeepSpeed's engine around student and objective."""
     import deepspeed
 
     started = time.perf_counter()
@@ -196,7 +232,7 @@ def start_engine(module: StepModule, config: Config, settings: dict[str, Any], w
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
-        config=deepspeed_config.build(settings, config.optim, world_size=world.size),
+        config=deepspeed_config.build(place.settings, config.optim, world_size=place.world.size),
         dist_init_required=False,
     )
     log.info("DeepSpeed is ready after %.0f s", time.perf_counter() - started)
@@ -214,25 +250,11 @@ def _deepspeed_settings(config: Config) -> tuple[dict[str, Any], str]:
     return settings, why
 
 
-def _build_teacher(config: Config, dtype: torch.dtype, device: torch.device) -> Teacher | None:
-    if config.teacher.model is None:
-        return None
-    model = load_masked_lm(config.teacher.model, dtype=dtype, allow_pickle=config.teacher.allow_pickle)
-    return Teacher(model.to(device))
-
-
-def _tokenizer_folder(config: Config) -> str:
-    if config.data.tokenizer:
-        return config.data.tokenizer
-    return config.teacher.model or config.student.init
-
-
-def _check_models(
-    config: Config, teacher: Teacher | None, student: Any, family: Family, tokenizer: TextTokenizer
-) -> None:
+def _check_models(config: Config, built: Models) -> None:
     """Raise ConfigError, with every fault, where the models, the tokenizer and the block length do not fit."""
+    teacher, student, tokenizer = built.teacher, built.student, built.tokenizer
     faults = []
-    models = [("student", student, family)] + ([("teacher", teacher.model, teacher.family)] if teacher else [])
+    models = [("student", student, built.family)] + ([("teacher", teacher.model, teacher.family)] if teacher else [])
     for name, model, its_family in models:
         longest = its_family.max_seq_len(model.config)
         if config.data.seq_len > longest:
@@ -255,22 +277,17 @@ def _check_models(
         raise ConfigError("\n  ".join(faults))
 
 
-def _open_text(
-    config: Config, tokenizer: TextTokenizer, folder: RunFolder, world: World
-) -> tuple[Blocks, Blocks | None]:
-    if not config.data.train:
-        raise DataError("data.train is empty: name text or prepared blocks with --data.train FILE_OR_FOLDER.")
+def _open_text(config: Config, tokenizer: TextTokenizer, world: World) -> tuple[Blocks, Blocks | None]:
     train = _open_blocks(config.data, config.data.train, tokenizer, world)
     heldout = _open_blocks(config.data, config.data.heldout, tokenizer, world) if config.data.heldout else None
-    contents = {"train": train.description.content}
-    if heldout:
-        contents["heldout"] = heldout.description.content
-    on_main(lambda: folder.refuse_other_text(contents))
-    log.info(
-        "text: %s blocks of %d tokens to train on, %s held out",
-        f"{len(train):,}", config.data.seq_len, f"{len(heldout):,}" if heldout else "none",
-    )  # fmt: skip
+    held_out = f"{len(heldout):,}" if heldout else "none"
+    log.info("text: %s blocks of %d tokens to train on, %s held out", f"{len(train):,}", config.data.seq_len, held_out)
     return train, heldout
+
+
+def _contents(train: Blocks, heldout: Blocks | None) -> dict[str, str | None]:
+    """What tells one text from another."""
+    return {"train": train.description.content, "heldout": heldout.description.content if heldout else None}
 
 
 def _open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokenizer, world: World) -> Blocks:
@@ -299,13 +316,13 @@ def _restore(checkpoints: Checkpoints, engine: Any, world: World, state: RunStat
     return Progress(newest.step, saved["seconds"], saved["heldout"])
 
 
-def _flops_per_token(config: Config, student: Any, teacher: Teacher | None, counts: Counts) -> float:
+def _flops_per_token(config: Config, models: Models, counts: Counts) -> float:
     masked_share = counts.masked / counts.attended
     loss = config.loss
     soft = 0.0 if not (loss.kl or loss.mse) else 1.0 if loss.kl_positions == "attended" else masked_share
     return flops_per_token(
-        _shape(student),
-        _shape(teacher.model) if teacher else None,
+        _shape(models.student),
+        _shape(models.teacher.model) if models.teacher else None,
         seq_len=config.data.seq_len,
         soft_share=soft,
         head_share=max(soft, masked_share),

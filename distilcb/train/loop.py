@@ -27,11 +27,11 @@ def train(run: Run) -> None:
     steps = run.config.train.steps
     with ExitStack() as stack:
         writer = None
-        if run.world.is_main:
+        if run.place.world.is_main:
             writer = stack.enter_context(RunWriter(run.folder.path, steps=steps, first_step=run.progress.step))
         if run.progress.step == 0:
             _look_before_first_step(run, writer)
-        window = Window(len(TERMS), run.device)
+        window = Window(len(TERMS), run.place.device)
         for step in range(run.progress.step, steps):
             result = run.stepper.step(step, run.batches)
             window.add(result.sums, skipped=result.skipped, data_wait_seconds=result.data_wait_seconds)
@@ -64,7 +64,7 @@ def _log(run: Run, writer: RunWriter | None, window: Window, result: StepResult)
     run.progress.seconds += seconds
     if writer:
         writer.training(_record(run, window, result, sums, seconds))
-    return Window(len(TERMS), run.device)
+    return Window(len(TERMS), run.place.device)
 
 
 def _record(run: Run, window: Window, result: StepResult, sums: list[float], seconds: float) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _record(run: Run, window: Window, result: StepResult, sums: list[float], sec
     means = {term: total / (by[term] * window.steps) for term, total in zip(TERMS, sums, strict=True)}
     step_tokens = config.optim.global_batch * config.data.seq_len
     rate = step_tokens * window.steps / seconds
-    peak = peak_flops(run.device)
+    peak = peak_flops(run.place.device)
     record = {
         "step": run.progress.step,
         "tokens": run.progress.step * step_tokens,
@@ -83,19 +83,21 @@ def _record(run: Run, window: Window, result: StepResult, sums: list[float], sec
         **{f"loss/{term}": means[term] for term in active_terms(config.loss)},
         "lr": result.lr,
         "grad_norm": None if result.grad_norm is None else float(result.grad_norm),
-        "loss_scale": float(run.engine.optimizer.cur_scale) if run.precision == "fp16" else 1.0,
+        "loss_scale": float(run.engine.optimizer.cur_scale) if run.place.precision == "fp16" else 1.0,
         "skipped_steps": window.skipped,
         "tokens_per_second": rate,
         "data_wait_fraction": window.data_wait_seconds / seconds,
-        "memory_bytes": peak_memory_bytes(run.device),
+        "memory_bytes": peak_memory_bytes(run.place.device),
     }
     if peak:
-        record["mfu"] = rate * run.flops_per_token / (peak * run.world.size)
+        record["mfu"] = rate * run.flops_per_token / (peak * run.place.world.size)
     return record
 
 
 def _evaluate(run: Run, heldout: HeldoutBatches, maskings: int) -> dict[str, Any]:
-    return evaluate(run.student, run.teacher, run.family, heldout, maskings=maskings, device=run.device)
+    return evaluate(
+        run.student, run.models.teacher, run.models.family, heldout, maskings=maskings, device=run.place.device
+    )
 
 
 def _look_before_first_step(run: Run, writer: RunWriter | None) -> None:
@@ -120,7 +122,9 @@ def _look_in_between(run: Run, writer: RunWriter | None) -> None:
 
 def _write_samples(run: Run, writer: RunWriter) -> list[str]:
     sentences = run.config.data.sample_sentences
-    answers = fill_masks(run.student, run.family, run.tokenizer.hugging_face, sentences, device=run.device)
+    answers = fill_masks(
+        run.student, run.models.family, run.models.tokenizer.hugging_face, sentences, device=run.place.device
+    )
     lines = as_lines(answers)
     writer.text("fill_mask", "\n".join(f"- {line}" for line in lines), run.progress.step)
     return lines
@@ -128,7 +132,7 @@ def _write_samples(run: Run, writer: RunWriter) -> list[str]:
 
 def _save(run: Run, seconds_in_window: float) -> None:
     state = {"seconds": run.progress.seconds + seconds_in_window, "heldout": run.progress.heldout}
-    run.checkpoints.save(run.engine, step=run.progress.step, world_size=run.world.size, state=state)
+    run.checkpoints.save(run.engine, step=run.progress.step, world_size=run.place.world.size, state=state)
 
 
 def _finish(run: Run, writer: RunWriter | None) -> None:
@@ -163,9 +167,9 @@ def _train_summary(run: Run) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "peak_memory_bytes": peak_memory_bytes(run.device),
-        "world_size": run.world.size,
-        "precision": run.precision,
+        "peak_memory_bytes": peak_memory_bytes(run.place.device),
+        "world_size": run.place.world.size,
+        "precision": run.place.precision,
     }
 
 

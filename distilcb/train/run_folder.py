@@ -10,6 +10,7 @@ DONE           written last
 """
 
 import json
+import logging
 import platform
 import shlex
 import subprocess
@@ -23,6 +24,8 @@ import yaml
 from distilcb.config import REPOSITORY, CommandLine, differences, to_plain
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 
 class RunState(Enum):
@@ -46,37 +49,49 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.done = path / "DONE"
 
-    def open(self, command: CommandLine, provenance: dict[str, Any]) -> RunState:
-        """Make the folder, or find out how far it got.
+    def look(self, command: CommandLine) -> RunState:
+        """How far the run got; changes nothing.
 
         Raises:
             CheckpointError: a folder made with other settings, or that is no run folder.
         """
-        if command.fresh and self.path.exists() and any(self.path.iterdir()):
-            aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
-            self.path.rename(aside)
-            print(f"--fresh: the run that was there is now {aside}", flush=True)
-        if not self.path.exists() or not any(self.path.iterdir()):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._write_config(command, provenance)
+        if command.fresh or not self.path.exists() or not any(self.path.iterdir()):
             return RunState.NEW
         if not self.config.is_file():
             raise CheckpointError(
                 f"{self.path} holds files but no config.yaml, so it is no run folder. Give another --run_dir."
             )
-        self._refuse_other_settings(command)
+        changed = differences(self._begun(), command.config)
+        if changed:
+            raise self._other("settings", changed)
         return RunState.DONE if self.done.exists() else RunState.RESUMED
 
-    def refuse_other_text(self, contents: dict[str, str]) -> None:
-        """Raise CheckpointError where the run was begun on other text; contents: 'train', 'heldout' -> hash."""
-        document = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-        begun = document["provenance"].setdefault("text", contents)
-        changed = [name for name in contents if begun.get(name) != contents[name]]
-        if changed:
-            raise CheckpointError(
-                f"{self.path} was begun on other text: {', '.join('data.' + name for name in changed)} has changed "
-                "since. Put the text back, give another --run_dir, or start anew with --fresh."
-            )
+    def begin_or_check(
+        self, command: CommandLine, state: RunState, provenance: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        """Make the folder of a new run, moving an old one aside; or see that a resumed one finds the same facts.
+
+        Args:
+            provenance: where the run comes from; kept.
+            facts: what must be the same at every start, such as precision and a hash of the text.
+
+        Raises:
+            CheckpointError: other facts than at the first start.
+        """
+        if state is RunState.RESUMED:
+            begun = self._begun()["provenance"]["facts"]
+            changed = [
+                f"{name}: {begun.get(name)} -> {facts[name]}" for name in facts if begun.get(name) != facts[name]
+            ]
+            if changed:
+                raise self._other("text or precision", changed)
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
+            self.path.rename(aside)
+            log.info("--fresh: the run that was there is now %s", aside)
+        self.path.mkdir(parents=True, exist_ok=True)
+        document = to_plain(command.config) | {"provenance": provenance | {"facts": facts}}
         write_durably(self.config, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -87,27 +102,23 @@ class RunFolder:
         """Write DONE, the last file of a run."""
         write_durably(self.done, time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
 
-    def _write_config(self, command: CommandLine, provenance: dict[str, Any]) -> None:
-        document = to_plain(command.config) | {"provenance": provenance}
-        write_durably(self.config, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
-
-    def _refuse_other_settings(self, command: CommandLine) -> None:
+    def _begun(self) -> dict[str, Any]:
         try:
-            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-            before.pop("provenance", None)
-            changed = differences(before, command.config)
-        except (OSError, yaml.YAMLError, AttributeError) as error:
+            document = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
             raise CheckpointError(f"{self.config} cannot be read: {error}. Start anew with --fresh.") from error
-        if changed:
-            raise CheckpointError(
-                f"{self.path} was begun with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\n  Use the same settings, another --run_dir, or start anew with --fresh."
-            )
+        if not isinstance(document, dict) or "facts" not in document.get("provenance", {}):
+            raise CheckpointError(f"{self.config} is not what a run writes. Start anew with --fresh.")
+        return document
+
+    def _other(self, what: str, changed: list[str]) -> CheckpointError:
+        lines = [f"{self.path} was begun with other {what}:", *changed]
+        lines.append("Put it back as it was, give another --run_dir, or start anew with --fresh.")
+        return CheckpointError("\n  ".join(lines))
 
 
-def provenance(command: CommandLine, **facts: Any) -> dict[str, Any]:
-    """Where a run comes from: recipe, command line, versions, commit, host; and `facts`."""
+def provenance(command: CommandLine, world_size: int) -> dict[str, Any]:
+    """Where a run comes from: recipe, command line, versions, commit, host."""
     import datasets
     import deepspeed
     import torch
@@ -125,7 +136,7 @@ def provenance(command: CommandLine, **facts: Any) -> dict[str, Any]:
         | {name: str(module.__version__) for name, module in libraries.items()},
         "host": platform.node(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        **facts,
+        "world_size": world_size,
     }
 
 

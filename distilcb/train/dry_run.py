@@ -1,0 +1,101 @@
+"""A few real steps on random words: does it fit, and how long will it take?"""
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from distilcb.config import CommandLine, Config, accumulation_steps
+from distilcb.data.blocks import RandomBlocks
+from distilcb.data.loader import training_batches
+from distilcb.distributed import all_reduce_sum, barrier, on_main
+from distilcb.engine.checkpoint import write_durably
+from distilcb.losses.triplet import TERMS, active_terms, divisors
+from distilcb.monitor.metrics import peak_memory_bytes
+from distilcb.train.build import Models, Place, build_models, take_place, wire_stepper
+
+# The first step warms up; the others are timed.
+_STEPS = 3
+_ACCUMULATION = 2
+
+
+def dry_run(command: CommandLine) -> dict[str, Any]:
+    """Take steps of two micro-batches a rank with the real stepper and engine; print and write what they cost.
+
+    The report goes to <run_dir>.dry_run.json; the run folder itself is not touched.
+    """
+    config = command.config
+    place = take_place(config)
+    accumulation = accumulation_steps(config.optim, place.world.size)
+    models = build_models(config, place)
+    short = _shortened(config, place)
+    size = short.optim.global_batch
+    blocks = RandomBlocks(models.tokenizer.vocabulary, seq_len=config.data.seq_len, blocks=_STEPS * size)
+    engine, stepper, micro_batches, counts = wire_stepper(short, place, models, blocks)
+    batches = training_batches(micro_batches, first_step=0, last_step=_STEPS, workers=0, pin_memory=False)
+    seconds, terms = [], []
+    for step in range(_STEPS):
+        barrier()
+        started = time.perf_counter()
+        sums = all_reduce_sum(stepper.step(step, batches).sums).tolist()  # reading them waits for the device
+        seconds.append(time.perf_counter() - started)
+        by = divisors(config.loss, counts)
+        terms.append({t: total / by[t] for t, total in zip(TERMS, sums, strict=True) if t in active_terms(config.loss)})
+    micro_seconds = min(seconds[1:]) / _ACCUMULATION
+    report = {
+        "world_size": place.world.size,
+        "precision": place.precision,
+        "micro_batch": config.optim.micro_batch,
+        "accumulation": accumulation,
+        "global_batch": config.optim.global_batch,
+        "seq_len": config.data.seq_len,
+        "loss_at_start": terms[0],
+        "seconds_per_step": micro_seconds * accumulation,
+        "tokens_per_second": config.optim.global_batch * config.data.seq_len / (micro_seconds * accumulation),
+        "projected_hours": micro_seconds * accumulation * config.train.steps / 3600,
+        "memory_bytes": _memory(models, engine, place),
+    }
+    path = command.run_dir.with_name(f"{command.run_dir.name}.dry_run.json")
+    on_main(lambda: _tell(report, path))
+    return report
+
+
+def _shortened(config: Config, place: Place) -> Config:
+    """The same run with as many sequences a step as two micro-batches a rank hold."""
+    size = config.optim.micro_batch * place.world.size * _ACCUMULATION
+    return replace(config, optim=replace(config.optim, global_batch=size))
+
+
+def _memory(models: Models, engine: Any, place: Place) -> dict[str, int]:
+    """Bytes on this rank by part; activations and buffers are what is left of the peak."""
+    parts = {
+        "teacher": sum(p.nbytes for p in models.teacher.model.parameters()) if models.teacher else 0,
+        "student_weights": sum(p.nbytes for p in engine.module.parameters()),
+        "optimizer_states": sum(
+            value.nbytes
+            for state in engine.optimizer.optimizer.state.values()
+            for value in state.values()
+            if hasattr(value, "nbytes")
+        ),
+        "master_weights": sum(p.nbytes for group in engine.optimizer.optimizer.param_groups for p in group["params"]),
+    }
+    peak = peak_memory_bytes(place.device)
+    return parts | {"everything_else": max(0, peak - sum(parts.values())), "peak": peak}
+
+
+def _tell(report: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(report, indent=2) + "\n")
+    rows = [(name, value) for name, value in report.items() if not isinstance(value, dict)]
+    for name in ("loss_at_start", "memory_bytes"):
+        rows += [(f"{name}: {part}", value) for part, value in report[name].items()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        shown = f"{value / 2**20:,.1f} MiB" if name.startswith("memory") else _shown(value)
+        print(f"{name.ljust(width)}  {shown:>14}")
+    print(f"report: {path}", flush=True)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
