@@ -95,7 +95,7 @@ class Blocks:
         try:
             self.token_counts: NDArray[np.int64] = np.load(folder / TOKEN_COUNTS, allow_pickle=False)
             parts = [datasets.Dataset.from_file(str(folder / name)) for name in self.description.files]
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise DataError(f"{folder}: {error}. Prepare the text again.") from error
         self._dataset = datasets.concatenate_datasets(parts).with_format("numpy")
         if len(self._dataset) != self.description.blocks:

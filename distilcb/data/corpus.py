@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import lzma
+import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,8 +72,13 @@ def read_documents(path: Path, *, text_field: str, damage: Damage) -> Iterator[s
                 yield document
             else:
                 damage.empty_documents += 1
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{path}: {error or 'the file ends in the middle'}. Fetch or make the file again.") from error
+
+
+def kind_of(path: Path) -> list[str]:
+    """Format and compression of a readable file, such as [".jsonl", ".gz"]: what its name says of how to read it."""
+    return [suffix for suffix in path.suffixes if suffix in _FORMATS + _COMPRESSIONS]
 
 
 def _readable() -> str:
@@ -94,13 +101,11 @@ def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
         with lzma.open(path) as stream:
             yield stream
     elif path.suffix == ".zst":
-        import zstandard
+        import pyarrow
 
-        with (
-            path.open("rb") as raw,
-            zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as zst,
-        ):
-            yield io.BufferedReader(zst, buffer_size=1 << 20)  # type: ignore[arg-type]
+        # zstandard's stream_reader takes a file that ends in the middle for a whole one.
+        with pyarrow.input_stream(str(path), compression="zstd") as zst:
+            yield io.BufferedReader(zst, buffer_size=1 << 20)
     else:
         with path.open("rb") as stream:
             yield stream
@@ -113,14 +118,18 @@ def _read_text(path: Path, _text_field: str) -> Iterator[bytes]:
 
 def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
     with _open_bytes(path) as stream:
-        for number, line in enumerate(stream, 1):
+        for number, raw in enumerate(stream, 1):
+            line = raw.decode(errors="surrogateescape").removeprefix("\ufeff")
             if not line.strip():
                 continue
             try:
-                record: Any = json.loads(line.decode(errors="replace"))
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from error
-            text = record.get(text_field) if isinstance(record, dict) else None
+                record: Any = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+                raise DataError(f"{path}, line {number}: not JSON ({fault}).") from error
+            text = record.get(text_field, 0) if isinstance(record, dict) else 0
+            if text is None:
+                text = ""  # as a null in parquet
             if not isinstance(text, str):
                 names = sorted(record) if isinstance(record, dict) else type(record).__name__
                 raise DataError(
@@ -130,7 +139,7 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
             yield text
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+def _read_parquet(path: Path, text_field: str) -> Iterator[str | bytes]:
     import pyarrow
     import pyarrow.parquet
 
@@ -146,20 +155,28 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
                 "Name it with --data.text_field (launch/prepare.py: --text_field)."
             )
         for batch in table.iter_batches(columns=[text_field], batch_size=1024):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str | bytes | None):
+                    raise DataError(
+                        f"{path}: column '{text_field}' holds {type(text).__name__}, needed text. "
+                        "Name another with --data.text_field (launch/prepare.py: --text_field)."
+                    )
+                yield text or ""
 
 
 # Every control character but tab and line ends, which split() takes for spaces.
 _CONTROL = {code: " " for code in [*range(0x20), *range(0x7F, 0xA0)] if chr(code) not in "\t\n\r\x0b\x0c\x85"}
 
+# Decoding turns bytes that are no UTF-8 into these, and JSON can spell them ("\\ud83d"); no tokenizer takes one.
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def _clean(text: str | bytes, damage: Damage) -> str:
     if isinstance(text, bytes):
-        decoded = text.decode("utf-8", errors="replace")
-        if "\ufffd" in decoded and b"\xef\xbf\xbd" not in text:
-            damage.undecodable_documents += 1
-        text = decoded.removeprefix("\ufeff")
+        text = text.decode(errors="surrogateescape").removeprefix("\ufeff")
     if not text.isprintable():
+        text, undecodable = _LONE_SURROGATE.subn("\ufffd", text)
+        damage.undecodable_documents += undecodable > 0
         cleaned = text.translate(_CONTROL)
         damage.control_characters += sum(a != b for a, b in zip(text, cleaned, strict=True)) if cleaned != text else 0
         text = cleaned

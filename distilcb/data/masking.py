@@ -65,7 +65,9 @@ class Masking:
         columns = np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape)
         weights = self._weights[blocks]
         if self.masking.whole_word:
-            starts = self.vocabulary.word_start[blocks] | (weights == 0)
+            special = weights == 0
+            starts = self.vocabulary.word_start[blocks] | special
+            starts[:, 1:] |= special[:, :-1]  # a block may begin within a word, which is then no part of <s>
             word = np.cumsum(starts, axis=1)
             ranks = self._rank(_word_means(weights, word), _uniform(keys, word, _CHOICE))
             # Words in the order of their draw, the tokens of one word side by side; the last may be cut to reach k.
@@ -101,7 +103,8 @@ def _sample_keys(seed: int, sample_ids: NDArray[np.int64], epochs: NDArray[np.in
 def _uniform(keys: NDArray[np.uint64], columns: NDArray[np.int64], purpose: int) -> NDArray[np.float64]:
     """A number in (0, 1) for each (sample key, column, purpose)."""
     bits = mix(keys + mix(columns.astype(np.uint64) + key(purpose)))
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    # 52 bits: with 53 the half would be rounded, and the largest number would be 1.
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def _word_means(weights: NDArray[np.float64], word: NDArray[np.int64]) -> NDArray[np.float64]:

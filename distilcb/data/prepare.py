@@ -9,8 +9,9 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from distilcb.data.blocks import TOKEN_COUNTS, Description, is_prepared, read_description
-from distilcb.data.corpus import Damage, find_sources, read_documents
+from distilcb.data.corpus import Damage, find_sources, kind_of, read_documents
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
-from distilcb.errors import DataError
+from distilcb.errors import ConfigError, DataError
 
 # Documents tokenized in one call, so that the Rust tokenizer can use several threads.
 _BATCH_DOCUMENTS = 512
@@ -46,7 +47,10 @@ def prepare(
 
     Raises:
         DataError: text that cannot be read or fills no block; an output that holds something else.
+        ConfigError: blocks too short to mask a token of.
     """
+    if seq_len < 8:
+        raise ConfigError(f"seq_len={seq_len} tokens: a block needs 8 or more, separators included.")
     sources = find_sources(names)
     content = content_key(sources, tokenizer=tokenizer, seq_len=seq_len, text_field=text_field)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -54,16 +58,16 @@ def prepare(
             return read_description(output)
         raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
+    temporary = output.parent / f".{output.name}.{uuid.uuid4().hex}.tmp"
+    temporary.mkdir()  # not mkdtemp, whose folders are closed to other users
     try:
-        writer = _Writer(temporary, tokenizer.vocabulary, seq_len)
         damage = Damage()
         facts: list[dict[str, Any]] = []
         documents = _all_documents(sources, text_field, damage, facts, show_progress)
         packer = _Packer(tokenizer.vocabulary, seq_len)
-        for batch in _batches(documents, _BATCH_DOCUMENTS):
-            writer.write(packer.add(tokenizer.encode(batch)))
-        writer.close()
+        with closing(_Writer(temporary, tokenizer.vocabulary, seq_len)) as writer:
+            for batch in _batches(documents, _BATCH_DOCUMENTS):
+                writer.write(packer.add(tokenizer.encode(batch)))
         if not writer.blocks:
             raise DataError(
                 f"{', '.join(names)}: {packer.documents} documents with {packer.tokens} tokens fill no block of "
@@ -109,8 +113,8 @@ def prepare_cached(
     The cache goes by content: the bytes of the text, the tokenizer and the options. Every rank may call it; a file
     lock lets one work while the others wait, on one node or on a shared file system.
     """
-    if len(names) == 1 and is_prepared(Path(names[0])):
-        return Path(names[0])
+    if len(names) == 1 and is_prepared(Path(names[0]).expanduser()):
+        return Path(names[0]).expanduser()
     content = content_key(find_sources(names), tokenizer=tokenizer, seq_len=seq_len, text_field=text_field)
     output = cache / "blocks" / content[:32]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -127,13 +131,20 @@ def prepare_cached(
 
 
 def content_key(sources: Sequence[Path], *, tokenizer: TextTokenizer, seq_len: int, text_field: str) -> str:
-    """A hash of all that decides what the blocks hold."""
+    """A hash of all that decides what the blocks hold.
+
+    Raises:
+        DataError: a file that cannot be read.
+    """
     digest = hashlib.sha256()
-    facts = [1, tokenizer.vocabulary.fingerprint, seq_len, text_field, [path.suffixes for path in sources]]
+    facts = [1, tokenizer.vocabulary.fingerprint, seq_len, text_field, [kind_of(path) for path in sources]]
     digest.update(json.dumps(facts).encode())
     for path in sources:
-        with path.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        try:
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
     return digest.hexdigest()
 
 

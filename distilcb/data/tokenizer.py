@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,9 @@ from distilcb.errors import ModelError
 
 # Tokenized into the fingerprint, so that two tokenizers with one vocabulary but other rules are told apart.
 _PROBE = "Où l'été naît-il ? À Noël, 1 234,50 € — «ÇA», co-\u00a0œuvre\u200b ﬁn x²!"
+
+# Places that no text fills, in the vocabularies of CamemBERT ("<s>NOTUSED"), RoBERTa and BERT.
+_UNUSED = re.compile(r".*NOTUSED|madeupword\d+|\[unused\w*\]")
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,10 @@ class TextTokenizer:
         if missing:
             raise ModelError(f"tokenizer {self.folder} has no {', '.join(missing)} token: masked words need one")
         pieces = tokenizer.get_vocab()
-        # fairseq's vocabularies carry places that no text fills, such as CamemBERT's "<s>NOTUSED".
-        unused = {index for piece, index in pieces.items() if piece.endswith("NOTUSED")}
-        special = np.array(sorted(unused.union(tokenizer.all_special_ids)), dtype=np.int64)
         size = max(pieces.values()) + 1
+        unused = set(range(size)).difference(pieces.values())
+        unused |= {index for piece, index in pieces.items() if _UNUSED.fullmatch(piece)}
+        special = np.array(sorted(unused.union(tokenizer.all_special_ids)), dtype=np.int64)
         return Vocabulary(
             size=size,
             bos_id=ids["bos"],
@@ -70,17 +74,23 @@ class TextTokenizer:
     def encode(self, documents: list[str]) -> list[list[int]]:
         """Token ids of each document, without separators.
 
-        A special token that is spelled out in the text ("<mask>") is broken up, so that it stays text.
+        A special token that is spelled out in the text ("<mask>") is broken up, so that it stays text. One that the
+        tokenizer's normaliser spells ("＜mask＞" in full-width signs) is left out.
         """
         documents = [self._as_text(document) for document in documents]
         encoded = self.hugging_face(documents, add_special_tokens=False, verbose=False)["input_ids"]
-        return list(encoded)
+        never = self._never_text
+        return [ids if never.isdisjoint(ids) else [i for i in ids if i not in never] for ids in encoded]
 
     def _as_text(self, document: str) -> str:
         for token in self._spelled_tokens:
             if token in document:
                 document = document.replace(token, f"{token[0]} {token[1:]}")
         return document
+
+    @cached_property
+    def _never_text(self) -> frozenset[int]:
+        return frozenset(self.vocabulary.special_ids.tolist()) - {self.hugging_face.unk_token_id}
 
     @cached_property
     def _spelled_tokens(self) -> tuple[str, ...]:

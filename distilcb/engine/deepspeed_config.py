@@ -76,13 +76,14 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"DeepSpeed file {path}: came {type(settings).__name__}, needed an object of settings")
     faults = [_fault(key) for key in settings if key not in ALLOWED]
-    sections = ("zero_optimization", "fp16", "bf16", "data_types")
-    faults += [f"'{key}' should hold an object of settings" for key in sections if not _is_object(settings, key)]
-    if faults:
-        raise ConfigError("\n  ".join([f"DeepSpeed file {path}:", *faults]))
-    if settings.get("fp16", {}).get("enabled") and settings.get("bf16", {}).get("enabled"):
+    faults += [
+        f"'{key}' is {settings[key]!r}, needed an object of settings"
+        for key in ("zero_optimization", "fp16", "bf16", "data_types")
+        if not isinstance(settings.get(key, {}), dict)
+    ]
+    if _section(settings, "fp16").get("enabled") and _section(settings, "bf16").get("enabled"):
         faults.append("fp16 and bf16 are both enabled: choose one")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    stage = _section(settings, "zero_optimization").get("stage", 0)
     if stage == 3:
         faults.append("zero_optimization.stage 3 splits weights, which the streamed head needs whole: use 0, 1 or 2")
     if faults:
@@ -120,8 +121,9 @@ def _fault(key: str) -> str:
     return f"unknown key '{key}'" + (f": did you mean '{near[0]}'?" if near else f". Known: {', '.join(ALLOWED)}")
 
 
-def _is_object(settings: dict[str, Any], key: str) -> bool:
-    return isinstance(settings.get(key, {}), dict)
+def _section(settings: dict[str, Any], key: str) -> dict[str, Any]:
+    value = settings.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
     Raises:
         ModelError: unreadable, pickled without leave, or weights that leave part of the model unset.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM
 
     load_config(name)
@@ -49,7 +51,7 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise ModelError(
             f"model {name} cannot be read: {_first_line(error)}. Needed: model.safetensors, or "
             "--teacher.allow_pickle true for a pytorch_model.bin whose author you trust."

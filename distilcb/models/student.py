@@ -63,7 +63,7 @@ def _depth(student: StudentConfig, teacher: Any | None, source: Any | None, temp
         return student.num_layers
     if student.init_layers is not None:
         return len(student.init_layers)
-    if student.config or source is not teacher:
+    if student.config or (source is not None and source is not teacher):
         return template.num_hidden_layers
     return max(1, template.num_hidden_layers // 2)
 

@@ -1,5 +1,6 @@
 """The training loop, and what follows its last step."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,6 +10,7 @@ from distilcb.config import flatten, to_plain
 from distilcb.data.loader import HeldoutBatches
 from distilcb.distributed import all_reduce_sum, on_main
 from distilcb.engine.stepper import StepResult
+from distilcb.errors import TrainingError
 from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import evaluate
 from distilcb.eval.report import as_console, heldout_rows
@@ -38,12 +40,13 @@ def train(run: Run) -> None:
             run.progress.step = step + 1
             if writer:
                 writer.advance()
-            if _due(step + 1, run.config.train.log_every, steps):
-                window = _log(run, writer, window, result)
+            saving = _due(step + 1, run.config.train.save_every, steps)
+            if saving or _due(step + 1, run.config.train.log_every, steps):
+                window = _log(run, writer, window, result)  # it also refuses to save what is not finite
             if _due(step + 1, run.config.train.eval_every) and step + 1 < steps:
                 window.pause(_timed(_look_in_between, run, writer))
-            if _due(step + 1, run.config.train.save_every, steps):
-                window.pause(_timed(_save, run, window.seconds()))
+            if saving:
+                window.pause(_timed(_save, run))
         _finish(run, writer)
 
 
@@ -60,6 +63,9 @@ def _timed(action: Callable[..., None], *arguments: Any) -> float:
 def _log(run: Run, writer: RunWriter | None, window: Window, result: StepResult) -> Window:
     """Reduce the window over ranks once, write it on rank zero, and open the next one."""
     sums = all_reduce_sum(window.sums).tolist()
+    bad = [term for term, total in zip(TERMS, sums, strict=True) if not math.isfinite(total)]
+    if bad:  # where DeepSpeed checks gradients the stepper finds this first, with step and rank
+        raise TrainingError(f"steps to {run.progress.step}: loss term {', '.join(bad)} is not finite. Lower optim.lr.")
     seconds = window.seconds()
     run.progress.seconds += seconds
     if writer:
@@ -82,7 +88,7 @@ def _record(run: Run, window: Window, result: StepResult, sums: list[float], sec
         "loss": weighted_loss(means, config.loss),
         **{f"loss/{term}": means[term] for term in active_terms(config.loss)},
         "lr": result.lr,
-        "grad_norm": None if result.grad_norm is None else float(result.grad_norm),
+        "grad_norm": _finite(result.grad_norm),
         "loss_scale": float(run.engine.optimizer.cur_scale) if run.place.precision == "fp16" else 1.0,
         "skipped_steps": window.skipped,
         "tokens_per_second": rate,
@@ -92,6 +98,11 @@ def _record(run: Run, window: Window, result: StepResult, sums: list[float], sec
     if peak:
         record["mfu"] = rate * run.flops_per_token / (peak * run.place.world.size)
     return record
+
+
+def _finite(value: Any) -> float | None:
+    """A number for JSON, which has no infinity: the gradient of a step that fp16 skipped has no norm."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _evaluate(run: Run, heldout: HeldoutBatches, maskings: int) -> dict[str, Any]:
@@ -130,8 +141,8 @@ def _write_samples(run: Run, writer: RunWriter) -> list[str]:
     return lines
 
 
-def _save(run: Run, seconds_in_window: float) -> None:
-    state = {"seconds": run.progress.seconds + seconds_in_window, "heldout": run.progress.heldout}
+def _save(run: Run) -> None:
+    state = {"seconds": run.progress.seconds, "heldout": run.progress.heldout}
     run.checkpoints.save(run.engine, step=run.progress.step, world_size=run.place.world.size, state=state)
 
 
