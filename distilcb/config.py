@@ -254,7 +254,7 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
     tree = _read_recipe(recipe, faults)
     for name, text in overrides.items():
         _set(tree, name, _parse_value(name, text))
-    if not known.dry_run and not _names_text(tree):
+    if not faults and not known.dry_run and not _names_text(tree):
         faults.append("data.train is empty: name text or prepared blocks with --data.train FILE_OR_FOLDER")
     config = validate(tree, faults)
     if known.print_config:
@@ -380,9 +380,9 @@ def _unknown_options(unknown: Sequence[str]) -> list[str]:
 
 
 def _with_nearest(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if not near:  # the right name in the wrong section, or without one
-        near = [candidate for candidate in names if candidate.split(".")[-1] == name.split(".")[-1]]
+    # the right name in the wrong section, or without one
+    near = [candidate for candidate in names if candidate.split(".")[-1] == name.split(".")[-1]]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"{name}: did you mean {near[0]}?" if near else f"{name}: --help lists every one"
 
 
@@ -486,6 +486,11 @@ def _cross_faults(config: Config) -> list[str]:
                 "teacher.model is null and student.init is 'random': give student.config (a config.json) and "
                 "data.tokenizer (a folder)."
             )
+    if config.optim.warmup >= config.train.steps:
+        found.append(
+            f"optim.warmup={config.optim.warmup:g} steps, train.steps={config.train.steps}: the learning rate would "
+            "never reach its peak. Use fewer, or a share below 1."
+        )
     if masking.mask_share + masking.random_share > 1 + 1e-9:
         found.append(
             f"masking.mask_share={masking.mask_share} + masking.random_share={masking.random_share} is over 1."

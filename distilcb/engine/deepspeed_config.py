@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distilcb.config import REPOSITORY, OptimConfig
+from distilcb.config import REPOSITORY, OptimConfig, accumulation_steps
 from distilcb.errors import ConfigError
 
 DS_CONFIGS = REPOSITORY / "ds_configs"
@@ -35,7 +35,6 @@ IN_RECIPE = {
     "gradient_clipping": "optim.clip",
     "optimizer": "optim.name, optim.lr, optim.betas, optim.eps, optim.weight_decay",
     "scheduler": "optim.schedule and optim.warmup",
-    "tensorboard": "nothing: the run folder always has its TensorBoard logs",
     "checkpoint": "train.save_every",
     "steps_per_print": "train.log_every",
 }
@@ -91,6 +90,26 @@ def read_file(path: Path) -> dict[str, Any]:
     return settings
 
 
+def check_sections(settings: dict[str, Any]) -> None:
+    """Raise ConfigError for names or values inside a section that DeepSpeed itself would refuse, but only later.
+
+    Imports DeepSpeed, so it comes after ranks have met.
+    """
+    import pydantic
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    sections = {"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config}
+    faults = []
+    for section, model in sections.items():
+        try:
+            model(**settings.get(section, {}))
+        except pydantic.ValidationError as error:
+            faults += [f"{section}.{'.'.join(map(str, f['loc']))}: {f['msg']}" for f in error.errors()]
+    if faults:
+        raise ConfigError("\n  ".join(["DeepSpeed file:", *faults]))
+
+
 def precision(settings: dict[str, Any]) -> str:
     """'fp16', 'bf16' or 'fp32'."""
     for name in ("fp16", "bf16"):
@@ -107,7 +126,7 @@ def build(settings: dict[str, Any], optim: OptimConfig, *, world_size: int) -> d
     return settings | {
         "train_batch_size": optim.global_batch,
         "train_micro_batch_size_per_gpu": optim.micro_batch,
-        "gradient_accumulation_steps": optim.global_batch // (optim.micro_batch * world_size),
+        "gradient_accumulation_steps": accumulation_steps(optim, world_size),
         "gradient_clipping": optim.clip,
         "data_types": data_types,
         "steps_per_print": 2**31 - 1,  # our monitor prints

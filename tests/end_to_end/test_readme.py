@@ -1,0 +1,127 @@
+"""README's commands run, word for word but for fewer steps."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from distilcb.config import REPOSITORY
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+SHORT = ["--train.steps", "2", "--train.eval_maskings", "2", "--train.eval_every", "0"]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder that looks like a clone, with some text of one's own."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("launch", "recipes", "ds_configs", "Makefile", "pyproject.toml", "constraints.txt"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    text = REPOSITORY / "recipes" / "mini" / "text"
+    (folder / "my_text.txt").write_bytes((text / "train" / "lettres.txt").read_bytes())
+    (folder / "my_heldout.txt").write_bytes((text / "heldout" / "lettres.txt").read_bytes())
+    return folder
+
+
+def run(words, folder):
+    own = str(Path(sys.executable).parent)
+    environment = os.environ | {
+        "PATH": own + os.pathsep + os.environ["PATH"],
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    # HOME stays: DeepSpeed's compiled operators are there.
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def with_own_run_dir(words, folder):
+    number = len(list((folder / "runs").glob("*"))) if (folder / "runs").exists() else 0
+    return words if "--run_dir" in words else [*words, "--run_dir", f"runs/readme_{number}"]
+
+
+@pytest.mark.launch
+def test_every_command_of_the_readme_runs(folder):
+    seen = set()
+    for line in commands():
+        words = shlex.split(line)
+        program = next((word for word in words if word.startswith("launch/")), words[0])
+        seen.add(program)
+        if program == "launch/train.py":
+            run(with_own_run_dir(words, folder) + SHORT, folder)
+        elif program == "launch/prepare.py":
+            run(words, folder)
+            assert json.loads((folder / "blocks" / "description.json").read_text())["blocks"] > 0
+        elif program == "make":
+            assert {"demo": "deepspeed launch/train.py", "test": "pytest"}[words[1]] in run([*words, "-n"], folder)
+        elif program == "tensorboard":
+            assert_tensorboard_serves(words, folder)
+        else:
+            raise AssertionError(f"README has a command that nothing tests: {line}")
+    assert seen == {"make", "launch/train.py", "launch/prepare.py", "tensorboard"}
+
+
+def assert_tensorboard_serves(words, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tensorboard = [sys.executable, "-m", "tensorboard.main", *words[1:], "--port", str(port), "--host", "127.0.0.1"]
+    server = subprocess.Popen(tensorboard, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        runs = wait_for_runs(f"http://127.0.0.1:{port}/data/plugin/scalars/tags")
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+    assert any("train/loss" in tags for tags in runs.values())
+
+
+def wait_for_runs(address):
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(address, timeout=5) as answer:
+                runs = json.load(answer)
+            if runs:
+                return runs
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"{address} showed no run within a minute")
+
+
+@pytest.mark.launch
+def test_the_python_example_runs(folder):
+    (example,) = blocks("python")
+    (folder / "example.py").write_text(example.replace('"20"', '"2"'), encoding="utf-8")
+    assert run([sys.executable, "example.py"], folder).strip()
+    assert (folder / "runs" / "from_python" / "DONE").exists()
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) > 3
+    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+
+
+def test_every_file_that_the_readme_shows_in_a_run_folder_is_written_by_a_run(folder):
+    shown = re.findall(r"^  (\S+)", re.search(r"^runs/mini/\n(.*?)```", README, re.DOTALL | re.MULTILINE)[1], re.M)
+    a_run = folder / "runs" / "from_python"
+    if not a_run.exists():
+        pytest.skip("needs the run of test_the_python_example_runs")
+    assert shown
+    assert [name for name in shown if not (a_run / name).exists()] == []
