@@ -119,8 +119,8 @@ def _read_text(path: Path, _text_field: str) -> Iterator[bytes]:
 def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
     with _open_bytes(path) as stream:
         for number, raw in enumerate(stream, 1):
-            line = raw.decode(errors="surrogateescape").removeprefix("\ufeff")
-            if not line.strip():
+            line = raw.decode(errors="surrogateescape").removeprefix("\ufeff").rstrip()
+            if not line:
                 continue
             try:
                 record: Any = json.loads(line)

@@ -109,7 +109,7 @@ def load_tokenizer(folder: str) -> Any:
         raise ModelError(f"tokenizer folder {folder} does not exist. Give the folder of a tokenizer, or a hub name.")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises plain Exceptions at a file that it cannot read
         raise ModelError(
             f"tokenizer {folder} cannot be read: {_first_line(error)}. Needed: tokenizer.json or "
             "sentencepiece.bpe.model beside config.json, in a local folder where there is no network."

@@ -2,12 +2,14 @@
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distilcb.config import OptimConfig
+from distilcb.distributed import device
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,10 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     groups = parameter_groups(model, optim.weight_decay)
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     try:
-        return FusedAdam(groups, adam_w_mode=True, **settings)
+        optimizer = FusedAdam(groups, adam_w_mode=True, **settings)
+        if device().type == "cpu":
+            optimizer.multi_tensor_adam = _forgetful(optimizer.multi_tensor_adam)
+        return optimizer
     except Exception as error:  # DeepSpeed raises many kinds while it compiles
         log.warning(
             "DeepSpeed's fused Adam cannot be built here (%s); going on with torch.optim.AdamW. "
@@ -38,6 +43,23 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
             str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
         )
         return torch.optim.AdamW(groups, fused=True, **settings)
+
+
+def _forgetful(kernel: Callable[..., None]) -> Callable[..., None]:
+    """DeepSpeed's CPU kernel of Adam, made a function of its arguments.
+
+    It carries beta^step along as a running product, in a place that all optimizers of a process share; a resumed run
+    starts from the power, which differs in the last bit (tests/distributed/test_engine.py). Asked for step 0 in
+    between, here on a number that nobody reads, it takes the power every time. The CUDA kernel does so by itself.
+    """
+    nobody = [[torch.zeros(1)] for _ in range(4)]
+
+    def step(chunk_size: int, noop_flag: Tensor, tensors: list[list[Tensor]], *settings: Any) -> None:
+        lr, beta1, beta2, eps, _step, mode, _bias_correction, weight_decay = settings
+        kernel(chunk_size, noop_flag, nobody, lr, beta1, beta2, eps, 0, mode, 0, weight_decay)
+        kernel(chunk_size, noop_flag, tensors, *settings)
+
+    return step
 
 
 def warmup_steps(optim: OptimConfig, steps: int) -> int:

@@ -20,7 +20,8 @@ def fill_masks(
 ) -> list[tuple[str, list[tuple[str, float]]]]:
     """For each sentence with one mask token: the sentence, and its `top` words with their probabilities.
 
-    Sentences say "<mask>" whatever the tokenizer's own mask token is.
+    Sentences say "<mask>" whatever the tokenizer's own mask token is; without one they are left out, and of several
+    the first is filled.
     """
     was_training = model.training
     model.eval()
@@ -42,7 +43,7 @@ def fill_masks(
 
 
 def as_lines(answers: Sequence[tuple[str, list[tuple[str, float]]]]) -> list[str]:
-    """'sentence  ->  word 42 %, word 10 %, …' for each answer."""
+    """'sentence  ->  word 42%, word 10%, …' for each answer."""
     return [
         f"{sentence}  ->  " + ", ".join(f"{word} {share:.0%}" for word, share in words) for sentence, words in answers
     ]

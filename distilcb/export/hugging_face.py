@@ -1,5 +1,6 @@
 """A run's checkpoint -> a Hugging Face folder, loaded back to prove that it works."""
 
+import copy
 import os
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ import torch
 
 from distilcb.errors import CheckpointError
 from distilcb.export.model_card import CardFacts, model_card
+from distilcb.models.families import family_of
 
 # StepModule's attribute, and so the prefix of the student's weights in a checkpoint.
 _PREFIX = "student."
@@ -24,8 +26,12 @@ def save_recipe_of_model(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def with_tokenizer_ids(config: Any, tokenizer: Any) -> Any:
-    """The configuration, with the special ids of the tokenizer (the published DistilCamemBERT's are wrong)."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    """A copy of the configuration with the tokenizer's bos and eos (the published DistilCamemBERT's are wrong).
+
+    The pad id stays: RoBERTa counts positions from it, so it belongs to the weights.
+    """
+    config = copy.deepcopy(config)
+    for name in ("bos_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is not None:
             setattr(config, name, getattr(tokenizer, name))
     return config
@@ -59,9 +65,13 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, output: Path, facts:
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(model.config, facts), encoding="utf-8")
         prove(temporary, model)
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
+        old = temporary.with_suffix(".old")
         if output.exists():
-            shutil.rmtree(output)
+            output.rename(old)
         temporary.rename(output)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output
@@ -73,8 +83,11 @@ def prove(folder: Path, model: Any) -> None:
     from transformers import AutoModelForMaskedLM, AutoTokenizer
 
     again = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(f"Bonjour, {tokenizer.mask_token} !", return_tensors="pt")["input_ids"]
+    AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    longest = family_of(config, where=str(folder)).max_seq_len(config)  # every position takes part
+    ids = torch.randint(config.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0))
+    ids[ids == config.pad_token_id] = config.eos_token_id
     difference = (again(ids).logits - model(ids).logits).abs().max().item()
     if not difference <= 1e-5:
         raise CheckpointError(f"{folder}: loaded back, its logits differ by {difference:.3g} from the model's.")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distilcb.errors import ModelError
+from distilcb.models.families import family_of
 
 
 def load_config(name: str) -> Any:
@@ -42,7 +43,7 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
     from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM
 
-    load_config(name)
+    family_of(load_config(name), where=name)  # before gigabytes of weights are read
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(
             name,
@@ -53,8 +54,8 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
         )
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise ModelError(
-            f"model {name} cannot be read: {_first_line(error)}. Needed: model.safetensors, or "
-            "--teacher.allow_pickle true for a pytorch_model.bin whose author you trust."
+            f"model {name} cannot be read: {_first_line(error)}. Needed: model.safetensors, undamaged. A pickled "
+            "pytorch_model.bin is read for a teacher only, with --teacher.allow_pickle true: trust its author."
         ) from error
     missing = sorted(info["missing_keys"])
     if missing:

@@ -33,6 +33,7 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
         raise ConfigError(f"student: vocab_size {config.vocab_size}, but the tokenizer has {vocab_size} tokens.")
     model = _random_model(config, seed)
     if source is not None:
+        _refuse_other_shape(source.config, config)
         layers = student.init_layers
         if layers is None:
             layers = spread_layers(source.config.num_hidden_layers, config.num_hidden_layers)
@@ -66,6 +67,23 @@ def _depth(student: StudentConfig, teacher: Any | None, source: Any | None, temp
     if student.config or (source is not None and source is not teacher):
         return template.num_hidden_layers
     return max(1, template.num_hidden_layers // 2)
+
+
+# Settings under which the same weights compute something else.
+_SHAPE = ("num_attention_heads", "hidden_act", "layer_norm_eps", "pad_token_id", "tie_word_embeddings")
+
+
+def _refuse_other_shape(source: Any, config: Any) -> None:
+    changed = [
+        f"{name} {getattr(source, name, None)} -> {getattr(config, name, None)}"
+        for name in _SHAPE
+        if getattr(source, name, None) != getattr(config, name, None)
+    ]
+    if changed:
+        raise ConfigError(
+            f"student.config differs from the source of its weights: {', '.join(changed)}. Only depth and dropout "
+            "may; give student.init random for another shape."
+        )
 
 
 def _random_model(config: Any, seed: int) -> Any:

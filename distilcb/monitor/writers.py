@@ -19,9 +19,10 @@ class RunWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = run_dir / "metrics.jsonl"
-        _keep_lines_up_to(self.path, first_step)
+        last_kept = first_step or -1  # what is resumed at 0 had no checkpoint, and evaluates step 0 again
+        _keep_lines_up_to(self.path, last_kept)
         self._lines = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_kept + 1)
         self._bar = tqdm(total=steps, initial=first_step, unit=" steps", dynamic_ncols=True, desc="training")
 
     def __enter__(self) -> "RunWriter":

@@ -156,6 +156,7 @@ def take_place(config: Config) -> Place:
     distributed.configure_logging(world)
     accumulation = accumulation_steps(config.optim, world.size)
     world = distributed.start()
+    deepspeed_config.check_sections(settings)
     precision = deepspeed_config.precision(settings)
     log.info("precision: %s (%s)", precision, why)
     micro_batch, global_batch = config.optim.micro_batch, config.optim.global_batch
@@ -235,6 +236,7 @@ def start_engine(module: StepModule, config: Config, place: Place) -> Any:
         config=deepspeed_config.build(place.settings, config.optim, world_size=place.world.size),
         dist_init_required=False,
     )
+    engine.train()
     log.info("DeepSpeed is ready after %.0f s", time.perf_counter() - started)
     return engine
 

@@ -55,5 +55,6 @@ def _find(folder: RunFolder, step: int | None) -> Checkpoint:
     found = checkpoints.newest() if step is None else checkpoints.of_step(step)
     if found is None:
         there = ", ".join(str(s) for s in checkpoints.steps()) or "none"
-        raise CheckpointError(f"{folder.checkpoints}: no good checkpoint of step {step}. Steps there: {there}.")
+        wanted = "" if step is None else f" of step {step}"
+        raise CheckpointError(f"{folder.checkpoints}: no good checkpoint{wanted}. Steps there: {there}.")
     return found

@@ -1,0 +1,76 @@
+"""Tiny models and batches, built in code."""
+
+import pytest
+import torch
+
+from distilcb.config import DEFAULT_RECIPE
+from distilcb.data.loader import Batch
+
+VOCAB, HIDDEN, LONGEST, PAD, MASK = 101, 32, 40, 1, 4
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Threads that share a product of this size wait for each other longer than it takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_model():
+    """Builds a masked language model in fp32, in eval mode, for 40 tokens at most: tiny_model("roberta", layers=3)."""
+    return build_tiny_model
+
+
+@pytest.fixture
+def tiny_batch():
+    """Builds a micro-batch of random tokens: tiny_batch(blocks=2, length=16, masked=4, seed=1)."""
+    return build_tiny_batch
+
+
+@pytest.fixture(scope="session")
+def mini_teacher() -> str:
+    """The folder of the teacher that the repository ships."""
+    return str(DEFAULT_RECIPE.parent / "mini" / "teacher")
+
+
+@pytest.fixture
+def parameters_of():
+    """Copies of a model's parameters by name."""
+    return lambda model: {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def build_tiny_model(architecture="camembert", *, layers=4, seed=0, **config):
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    settings = {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "max_position_embeddings": LONGEST + PAD + 1,
+        "type_vocab_size": 1,
+        "pad_token_id": PAD,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(architecture, **(settings | config)))
+        # Fresh biases are all 0 and layer norms all 1: models that swapped or forgot some would look alike.
+        for parameter in model.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.2)
+    return model.float().eval()
+
+
+def build_tiny_batch(*, blocks=2, length=16, masked=4, seed=0, vocab=VOCAB):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(MASK + 1, vocab, (blocks, length), generator=generator)
+    columns = torch.stack([torch.randperm(length, generator=generator)[:masked].sort().values for _ in range(blocks)])
+    rows = (columns + torch.arange(blocks)[:, None] * length).flatten()
+    labels = ids.flatten()[rows]
+    ids.view(-1)[rows] = MASK
+    is_other = torch.ones(blocks * length, dtype=torch.bool)
+    is_other[rows] = False
+    return Batch(ids, labels, rows, is_other.nonzero()[:, 0])

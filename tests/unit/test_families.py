@@ -1,0 +1,115 @@
+"""The parts of each architecture against the transformers model as a whole."""
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from distilcb.errors import ModelError
+from distilcb.models.families import FAMILIES, family_of
+
+architectures = pytest.mark.parametrize("architecture", ["camembert", "roberta"])
+
+
+def logits_by_family(model, ids):
+    family = family_of(model.config, where="test")
+    hidden = family.encode(model, ids)
+    features = family.head_features(model, hidden.reshape(-1, hidden.shape[-1]))
+    return torch.nn.functional.linear(features, *family.decoder(model)).reshape(*ids.shape, -1)
+
+
+def random_ids(model, length, blocks=3):
+    """No padding among them, since blocks have none."""
+    first = model.config.pad_token_id + 1
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(first, model.config.vocab_size, (blocks, length), generator=generator)
+
+
+@architectures
+@pytest.mark.parametrize("length", [1, 7, 40])
+@torch.no_grad()
+def test_encoder_head_and_decoder_give_the_models_own_logits_exactly(tiny_model, architecture, length):
+    model = tiny_model(architecture)
+    ids = random_ids(model, length)
+    assert torch.equal(logits_by_family(model, ids), model(ids).logits)
+
+
+@torch.no_grad()
+def test_the_first_position_follows_the_pad_id_of_the_model(tiny_model):
+    model = tiny_model(pad_token_id=3)
+    ids = random_ids(model, 20)
+    assert torch.equal(logits_by_family(model, ids), model(ids).logits)
+
+
+@torch.no_grad()
+def test_a_decoder_that_is_not_tied_to_the_embeddings_is_the_one_used(tiny_model):
+    model = tiny_model(tie_word_embeddings=False)
+    ids = random_ids(model, 20)
+    weight, _ = family_of(model.config, where="test").decoder(model)
+    assert not torch.equal(weight, model.get_input_embeddings().weight)
+    assert torch.equal(logits_by_family(model, ids), model(ids).logits)
+
+
+@architectures
+@pytest.mark.parametrize("pad_token_id", [0, 1, 3])
+@torch.no_grad()
+def test_the_longest_block_is_what_the_model_accepts_and_one_more_token_is_not(tiny_model, architecture, pad_token_id):
+    model = tiny_model(architecture, pad_token_id=pad_token_id)
+    family = family_of(model.config, where="test")
+    longest = family.max_seq_len(model.config)
+    for run in (lambda ids: family.encode(model, ids), model):
+        run(random_ids(model, longest))
+        with pytest.raises((IndexError, RuntimeError)):
+            run(random_ids(model, longest + 1))
+
+
+def test_roberta_and_camembert_read_512_tokens():
+    for name, family in FAMILIES.items():
+        assert family.max_seq_len(AutoConfig.for_model(name, max_position_embeddings=514, pad_token_id=1)) == 512
+
+
+def test_layers_and_what_is_beside_them_hold_every_parameter_once(tiny_model):
+    model = tiny_model(layers=3)
+    family = family_of(model.config, where="test")
+    parts = [*family.layers(model), *family.beside_layers(model)]
+    found = {id(parameter) for part in parts for parameter in part.parameters()}
+    assert len(family.layers(model)) == 3
+    assert found == {id(parameter) for parameter in model.parameters()}
+
+
+def test_another_architecture_is_refused_with_the_names_of_those_supported():
+    with pytest.raises(ModelError, match=r"teacher: model_type 'gpt2' is not supported.*camembert, roberta"):
+        family_of(AutoConfig.for_model("gpt2"), where="teacher")
+
+
+def test_a_configuration_without_a_model_type_is_refused():
+    with pytest.raises(ModelError, match="model_type 'None' is not supported"):
+        family_of(object(), where="teacher")
+
+
+@architectures
+def test_another_depth_leaves_the_configuration_it_was_made_from_alone(tiny_model, architecture):
+    config = tiny_model(architecture, layers=4).config
+    shallower = family_of(config, where="test").with_layers(config, 2)
+    assert (shallower.num_hidden_layers, config.num_hidden_layers) == (2, 4)
+    assert type(shallower) is type(config)
+    assert shallower.to_dict() == config.to_dict() | {"num_hidden_layers": 2}
+
+
+def test_dropout_that_is_set_reaches_hidden_states_and_attention():
+    config = AutoConfig.for_model("camembert")
+    FAMILIES["camembert"].set_dropout(config, 0.3)
+    assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.3, 0.3)
+
+
+@pytest.mark.parametrize(("hidden", "attention", "largest"), [(0.0, 0.0, 0.0), (0.1, 0.0, 0.1), (0.1, 0.2, 0.2)])
+def test_dropout_is_the_larger_of_the_two(hidden, attention, largest):
+    config = AutoConfig.for_model("roberta", hidden_dropout_prob=hidden, attention_probs_dropout_prob=attention)
+    assert FAMILIES["roberta"].dropout(config) == largest
+
+
+@architectures
+def test_a_model_with_dropout_0_is_the_same_in_training_mode(tiny_model, architecture):
+    model = tiny_model(architecture, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ids = random_ids(model, 20)
+    in_eval_mode = logits_by_family(model, ids)
+    assert torch.equal(logits_by_family(model.train(), ids), in_eval_mode)
