@@ -102,7 +102,7 @@ class MaskingConfig:
     """of those, the share that becomes <mask>"""
     random_share: Annotated[float, Field(ge=0, le=1)] = 0.1
     """of those, the share that becomes another word; the rest stay"""
-    smoothing: Annotated[float, Field(ge=0)] = 0.7
+    smoothing: Annotated[float, Field(ge=0, le=4)] = 0.7
     """a token is chosen with weight count^-smoothing, so rare ones are learned more often; 0: all alike"""
     whole_word: bool = False
     """choose whole words in place of single tokens"""

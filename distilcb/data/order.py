@@ -64,7 +64,7 @@ class Order:
     def __init__(self, rows: int, *, seed: int, fraction: float = 1.0) -> None:
         """rows: blocks in the store; fraction: the share of them that is used, drawn once from the seed."""
         self.rows, self.seed = rows, seed
-        self.size = max(1, int(rows * fraction))
+        self.size = max(1, round(rows * fraction))
 
     def epoch(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """The epoch of each position, from 0."""

@@ -119,6 +119,8 @@ def prepare_cached(
     output = cache / "blocks" / content[:32]
     output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{output}.lock"):
+        for left in output.parent.glob(f".{output.name}.*.tmp"):  # by a start that was killed: nobody else is here
+            shutil.rmtree(left, ignore_errors=True)
         prepare(
             names,
             tokenizer=tokenizer,
