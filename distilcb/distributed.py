@@ -635,5 +635,6 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
     except (UserError, TrainingError) as error:
         if is_main_process():
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        stop()  # a process group left open may abort the process on its way out, and change its exit code
         return 2 if isinstance(error, UserError) else 1
     return 0

@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from distilcb.distributed import on_main
+from distilcb.distributed import is_main_process, on_main
 from distilcb.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -57,16 +57,16 @@ class Checkpoints:
         """
         final = self._path(step)
         temporary = self.folder / f".{final.name}.tmp"
-        on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        on_main(self._remove_leftovers)
         client_state = state | {"step": step, "world_size": world_size, "format_version": FORMAT_VERSION}
         try:
             engine.save_checkpoint(str(self.folder), tag=temporary.name, client_state=client_state, save_latest=False)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(
-                f"{final} cannot be written ({error}). The checkpoints before it are good; free some space and run "
-                "the same command again."
-            ) from error
+            fault = _unwritable(final, error)
+            if not is_main_process():  # rank zero, which prints, waits for this rank until the launcher ends it
+                log.error("%s", fault)
+            raise fault from error
         on_main(lambda: self._complete(temporary, final, step, world_size))
         return final
 
@@ -108,6 +108,26 @@ class Checkpoints:
         return state
 
     def _complete(self, temporary: Path, final: Path, step: int, world_size: int) -> None:
+        try:
+            self._write_manifest(temporary, step, world_size)
+            if final.exists():  # damaged, or from a start that died before it could go on
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync_folder(self.folder)
+            write_durably(self.folder / "latest", final.name + "\n")
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise _unwritable(final, error) from error
+        # Those of later steps are damaged, or they would have been gone on from: they do not count.
+        for old in [each for each in self.steps() if each <= step][: -self.keep]:
+            shutil.rmtree(self._path(old))
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(".step_*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @staticmethod
+    def _write_manifest(temporary: Path, step: int, world_size: int) -> None:
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -116,13 +136,6 @@ class Checkpoints:
             "files": {str(p.relative_to(temporary)): _facts(p, sync=True) for p in files},
         }
         write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        if final.exists():  # an earlier start saved the same step and died before it could go on
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync_folder(self.folder)
-        write_durably(self.folder / "latest", final.name + "\n")
-        for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self._path(old))
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
@@ -137,6 +150,13 @@ def write_durably(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def _unwritable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} cannot be written ({error}). The checkpoints before it are good; free some space and run the same "
+        "command again."
+    )
 
 
 def _facts(path: Path, *, sync: bool = False) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Each micro-batch's loss is a sum times weight x ranks / global count, and DeepSp
 gradient is that of the global batch's mean however it is cut into ranks and micro-batches.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -62,12 +63,14 @@ class Stepper:
         self.engine, self.teacher, self.loss, self.optim = engine, teacher, loss, optim
         self.cut, self.steps, self.seed, self.dropout, self.device = cut, steps, seed, dropout, device
         self.coefficients = coefficients(loss, counts, world_size=cut.world_size)
+        # For each term the first step in which it was not finite on this rank; stays on the device.
+        self._first_bad_step = torch.full((len(TERMS),), math.inf, dtype=torch.float64, device=device)
 
     def step(self, step: int, batches: Iterator[Batch]) -> StepResult:
         """Take step `step`, counted from 0, on this rank's next `cut.accumulation` batches.
 
         Raises:
-            TrainingError: a loss term that is not finite on some rank.
+            TrainingError: DeepSpeed skipped the step because a loss term was not finite on some rank.
         """
         lr = learning_rate(self.optim, step=step, steps=self.steps)
         for group in self.engine.optimizer.param_groups:
@@ -80,8 +83,10 @@ class Stepper:
             waited += time.perf_counter() - started
             sums += self._micro_step(step, micro, batch.to(self.device))
         skipped = self.engine.skipped_steps > skipped_before
-        if skipped:  # DeepSpeed skips NaN in silence, as it does an overflow; all ranks see the same counter
-            self._refuse_non_finite(step, sums)
+        bad_here = torch.where(torch.isfinite(sums), math.inf, step + 1.0)
+        self._first_bad_step = torch.minimum(self._first_bad_step, bad_here)
+        if skipped:  # ZeRO 1 and 2 skip NaN in silence, as they do an overflow; all ranks see the same counter
+            self.refuse_non_finite()
         return StepResult(sums, lr, self.engine.get_global_grad_norm(), skipped, waited)
 
     def _micro_step(self, step: int, micro: int, batch: Batch) -> Tensor:
@@ -93,18 +98,25 @@ class Stepper:
             taught = self.teacher(batch.input_ids, rows, wants_hidden=bool(self.loss.cos))
         loss, sums = self.engine(batch, taught, self.coefficients)
         self.engine.set_gradient_accumulation_boundary(micro == self.cut.accumulation - 1)
-        self.engine.backward(loss, scale_wrt_gas=False)
+        # A new tensor: given the module's own output, DeepSpeed under ZeRO 0 and its BF16_Optimizer divides the
+        # gradient by the accumulation steps in spite of scale_wrt_gas.
+        self.engine.backward(loss.clone(), scale_wrt_gas=False)
         self.engine.step()
         return sums
 
-    def _refuse_non_finite(self, step: int, sums: Tensor) -> None:
-        bad = torch.zeros(self.cut.world_size, len(TERMS), dtype=torch.float64, device=self.device)
-        bad[self.cut.rank] = (~torch.isfinite(sums)).double()
-        bad = all_reduce_sum(bad)
-        for rank, flags in enumerate(bad.tolist()):
-            terms = [term for term, flag in zip(TERMS, flags, strict=True) if flag]
-            if terms:
-                raise TrainingError(
-                    f"step {step + 1}: loss term {', '.join(terms)} is not finite on rank {rank}. The weights of the "
-                    "last checkpoint are good. Lower optim.lr, raise optim.warmup, or look at the step's text."
-                )
+    def refuse_non_finite(self) -> None:
+        """Raise TrainingError on every rank where a loss term was not finite on one; waits for the device.
+
+        Called at logging steps, before every save and where DeepSpeed skipped a step, so that no other step waits.
+        """
+        steps = torch.zeros(self.cut.world_size, len(TERMS), dtype=torch.float64, device=self.device)
+        steps[self.cut.rank] = torch.where(torch.isinf(self._first_bad_step), 0.0, self._first_bad_step)
+        found = all_reduce_sum(steps).tolist()
+        bad = [(step, rank) for rank, row in enumerate(found) for step in row if step]
+        if bad:
+            step, rank = min(bad)
+            terms = [term for term, at in zip(TERMS, found[rank], strict=True) if at == step]
+            raise TrainingError(
+                f"step {step:.0f}: loss term {', '.join(terms)} is not finite on rank {rank}. The weights of the "
+                "last checkpoint are good. Lower optim.lr, raise optim.warmup, or look at the step's text."
+            )
