@@ -39,7 +39,7 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_as_list)]
+Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)]
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -187,6 +187,9 @@ class Config:
 # beyond rounding.
 RESULT_NEUTRAL = frozenset(
     {
+        "teacher.model",  # told by a hash of its weights,
+        "data.train",  # and these by a hash of their text
+        "data.heldout",
         "data.workers",
         "data.cache",
         "data.sample_sentences",
@@ -251,10 +254,12 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
         overrides["deepspeed"] = known.deepspeed
     faults = _unknown_options(unknown)
     recipe = Path(known.recipe).resolve()
+    found = len(faults)
     tree = _read_recipe(recipe, faults)
+    readable = len(faults) == found
     for name, text in overrides.items():
         _set(tree, name, _parse_value(name, text))
-    if not faults and not known.dry_run and not _names_text(tree):
+    if readable and not (known.dry_run or known.print_config or _names_text(tree)):
         faults.append("data.train is empty: name text or prepared blocks with --data.train FILE_OR_FOLDER")
     config = validate(tree, faults)
     if known.print_config:
@@ -350,7 +355,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "%(prog)s [--recipe FILE] [--section.name VALUE ...]"
     parser.description = (
-        "Distil a teacher into a smaller student. Every setting of a recipe can be given here as --section.name VALUE."
+        "Distil a teacher into a smaller student. Every setting of a recipe can be given here as --section.name VALUE. "
+        "Defaults are those of the published recipe; recipes/mini.yaml, which runs where none is named, sets its own."
     )
     parser.add_argument("--recipe", default=str(DEFAULT_RECIPE), help="YAML recipe (default: recipes/mini.yaml)")
     parser.add_argument("--run_dir", help="run folder (default: runs/<the recipe's name>)")
@@ -375,7 +381,10 @@ def _unknown_options(unknown: Sequence[str]) -> list[str]:
         if word.startswith("--"):
             faults.append(f"unknown option --{_with_nearest(word[2:].split('=')[0], names)}")
         elif not faults:
-            faults.append(f"unexpected word {word!r}: options are written --section.name VALUE")
+            faults.append(
+                f"unexpected word {word!r}: options are written --section.name VALUE, several files as a.txt,b.txt "
+                "or as a glob in quotes"
+            )
     return faults
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOOPBACK = "127.0.0.1"
+# Launchers end the other ranks within a second or two of the first that ends.
+_RANK_ZERO_SPEAKS_FIRST_SECONDS = 4.0
 # Below the ephemeral range (32768 and up), where the kernel may have given a port away already.
 SLURM_FIRST_PORT = 10_000
 SLURM_PORT_COUNT = 20_000
@@ -155,7 +159,7 @@ def start(*, use_mpi: bool = False, timeout_minutes: float = 30) -> World:
     world = discover(use_mpi=use_mpi)
     export(world, os.environ)
     use_own_tools()
-    if _uses_cuda():
+    if uses_cuda():
         _select_cuda_device(world)
     else:
         _size_cpu_threads(world)
@@ -182,9 +186,12 @@ def compiled_operators_folder() -> Path:
 
 
 def is_compiled(operator: str) -> bool:
-    """Whether torch has compiled an operator, such as fused_adam, on this machine."""
+    """Whether torch has compiled an operator, such as fused_adam, for this Python."""
     folder = compiled_operators_folder()
-    return any(folder.glob(f"**/{operator}/{operator}.so"))
+    if not os.environ.get("TORCH_EXTENSIONS_DIR"):  # torch keeps Pythons apart only in its own folder
+        folders = folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*")
+        return any((each / operator / f"{operator}.so").is_file() for each in folders)
+    return (folder / operator / f"{operator}.so").is_file()
 
 
 def stop() -> None:
@@ -200,7 +207,7 @@ def device() -> torch.device:
     """The device of this rank: its CUDA device once `start` has selected it, or the CPU."""
     import torch
 
-    return torch.device("cuda", torch.cuda.current_device()) if _uses_cuda() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -254,7 +261,7 @@ def configure_logging(world: World) -> None:
     _log.propagate = False
     for library in ("DeepSpeed", "transformers", "datasets"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    if not _uses_cuda():
+    if not uses_cuda():
         _quiet_accelerator_search()
 
 
@@ -541,7 +548,7 @@ def _process_group_of_several() -> Any:
     return group if group and group.get_world_size() > 1 else None
 
 
-def _uses_cuda() -> bool:
+def uses_cuda() -> bool:
     """Whether ranks have a GPU each. DS_ACCELERATOR=cpu leaves GPUs alone, as it does for DeepSpeed."""
     import torch
 
@@ -552,7 +559,7 @@ def _select_cuda_device(world: World) -> None:
     import torch
 
     devices = torch.cuda.device_count()
-    if world.local_rank >= devices:
+    if world.local_rank >= devices or world.local_size > devices:  # all ranks of the machine fail alike
         raise LaunchError(
             f"rank {world.rank} has local rank {world.local_rank} but sees {devices} CUDA device(s). Start "
             "one task per GPU, and let each see all GPUs of its machine: --ntasks-per-node=4 and "
@@ -579,9 +586,12 @@ def _meet(world: World, *, timeout: timedelta) -> None:
     import deepspeed
     import torch
 
-    backend = "nccl" if _uses_cuda() else "gloo"
+    backend = "nccl" if uses_cuda() else "gloo"
     if backend == "gloo" and not is_compiled("deepspeed_shm_comm"):
         _log.info("DeepSpeed compiles an operator, as it does at its first start on a machine: about a minute")
+    if backend == "gloo" and not is_compiled("deepspeed_shm_comm") and shutil.which("c++") is None:
+        _log.warning("no C++ compiler: ranks on one machine go without DeepSpeed's shared memory, which is slower")
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(
             dist_backend=backend,
@@ -595,7 +605,7 @@ def _meet(world: World, *, timeout: timedelta) -> None:
         if world.is_main and "EADDRINUSE" in str(error):
             raise LaunchError(
                 f"port {world.master_port} of {world.master_addr} is taken, perhaps by another run. Set "
-                "MASTER_PORT to a free one, the same for every rank."
+                "MASTER_PORT to a free one, the same for every rank; with deepspeed, --master_port N before the script."
             ) from error
         raise
 
@@ -628,13 +638,22 @@ def on_main(action: Callable[[], T]) -> T:
 def exit_code(main: Callable[[list[str]], None]) -> int:
     """Run a command's `main` on the words after its name: 0, 2 after a user's mistake, 1 where training failed.
 
-    Every rank meets a user's mistake; rank zero prints it, without a traceback.
+    Rank zero prints the message, without a traceback. A mistake that only another rank meets is printed there, once
+    rank zero has had time to end the job with the same one. Where there are several ranks the process ends here:
+    leaving the group in good order would wait for ranks that may not come.
     """
     try:
         main(sys.argv[1:])
     except (UserError, TrainingError) as error:
-        if is_main_process():
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        stop()  # a process group left open may abort the process on its way out, and change its exit code
-        return 2 if isinstance(error, UserError) else 1
+        code = 2 if isinstance(error, UserError) else 1
+        prefix = ""
+        if not is_main_process():
+            time.sleep(_RANK_ZERO_SPEAKS_FIRST_SECONDS)
+            prefix = f"[rank {os.environ.get('RANK', '?')}] "
+        if not prefix or isinstance(error, UserError):
+            print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if _process_group_of_several() is not None:
+            sys.stdout.flush()
+            os._exit(code)
+        return code
     return 0

@@ -120,7 +120,13 @@ class Checkpoints:
             raise _unwritable(final, error) from error
         # Those of later steps are damaged, or they would have been gone on from: they do not count.
         for old in [each for each in self.steps() if each <= step][: -self.keep]:
-            shutil.rmtree(self._path(old))
+            self._discard(self._path(old))
+
+    def _discard(self, path: Path) -> None:
+        """Delete a folder under a hidden name, so that a kill leaves no half of one under a complete name."""
+        hidden = self.folder / f".{path.name}.tmp"
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
     def _remove_leftovers(self) -> None:
         for path in self.folder.glob(".step_*.tmp"):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from distilcb.distributed import compiled_operators_folder, exit_code, is_compiled, use_own_tools
+from distilcb.distributed import compiled_operators_folder, exit_code, is_compiled, use_own_tools, uses_cuda
 from distilcb.errors import LaunchError
 
 FUSED_ADAM, CPU_COMMUNICATION = "fused_adam", "deepspeed_shm_comm"
@@ -20,9 +20,7 @@ _BUILD = "from distilcb.engine.operators import build_here; build_here()"
 
 def needed_operators() -> tuple[str, ...]:
     """The operators that training uses on this machine."""
-    import torch
-
-    return (FUSED_ADAM,) if torch.cuda.is_available() else (FUSED_ADAM, CPU_COMMUNICATION)
+    return (FUSED_ADAM,) if uses_cuda() else (FUSED_ADAM, CPU_COMMUNICATION)
 
 
 def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
@@ -53,8 +51,8 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise LaunchError(
-            f"DeepSpeed's operators cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: a C++ compiler "
-            "(apt-get install g++, or module load gcc) and ninja."
+            f"DeepSpeed's operators cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: ninja and a C++ "
+            "compiler (apt-get install g++, or module load gcc); for a GPU also nvcc, of torch's CUDA version."
         )
     print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
@@ -70,7 +68,12 @@ def build_here() -> None:
 
 def _main(_words: list[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    build_operators()
+    try:
+        build_operators()
+    except LaunchError as error:
+        if not uses_cuda():
+            raise
+        print(f"{error}\nGoing on without: training will use torch.optim.AdamW.", file=sys.stderr)
 
 
 if __name__ == "__main__":

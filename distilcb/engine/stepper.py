@@ -57,9 +57,11 @@ class Stepper:
         steps: int,
         seed: int,
         dropout: float,
+        may_overflow: bool,
         device: torch.device,
     ) -> None:
-        """counts: of the global batch. dropout: the student's largest, 0 for none. steps: of the whole run."""
+        """counts: of the global batch. dropout: the student's largest. steps: of the whole run. may_overflow: fp16."""
+        self.may_overflow = may_overflow
         self.engine, self.teacher, self.loss, self.optim = engine, teacher, loss, optim
         self.cut, self.steps, self.seed, self.dropout, self.device = cut, steps, seed, dropout, device
         self.coefficients = coefficients(loss, counts, world_size=cut.world_size)
@@ -85,23 +87,32 @@ class Stepper:
         skipped = self.engine.skipped_steps > skipped_before
         bad_here = torch.where(torch.isfinite(sums), math.inf, step + 1.0)
         self._first_bad_step = torch.minimum(self._first_bad_step, bad_here)
-        if skipped:  # ZeRO 1 and 2 skip NaN in silence, as they do an overflow; all ranks see the same counter
+        if skipped:  # DeepSpeed skips NaN in silence, as it does an overflow; all ranks see the same counter
             self.refuse_non_finite()
+            if not self.may_overflow:
+                raise TrainingError(f"step {step + 1}: the gradient is not finite, though every loss term is.")
         return StepResult(sums, lr, self.engine.get_global_grad_norm(), skipped, waited)
 
     def _micro_step(self, step: int, micro: int, batch: Batch) -> Tensor:
         if self.dropout:  # dropout as a function of its place, so that a checkpoint holds no generator
             torch.manual_seed(int(key(self.seed, step, self.cut.global_index(micro))) >> 1)
         taught = None
-        if self.teacher is not None:
+        if self.teacher is not None and (self.loss.kl or self.loss.mse or self.loss.cos):
             rows = soft_rows(batch, self.loss)
             taught = self.teacher(batch.input_ids, rows, wants_hidden=bool(self.loss.cos))
         loss, sums = self.engine(batch, taught, self.coefficients)
         self.engine.set_gradient_accumulation_boundary(micro == self.cut.accumulation - 1)
-        # A new tensor: given the module's own output, DeepSpeed under ZeRO 0 and its BF16_Optimizer divides the
-        # gradient by the accumulation steps in spite of scale_wrt_gas.
+        # A new tensor: given the module's own output, DeepSpeed outside ZeRO 2 divides the gradient by the accumulation
+        # steps in spite of scale_wrt_gas.
         self.engine.backward(loss.clone(), scale_wrt_gas=False)
-        self.engine.step()
+        try:
+            self.engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):  # a bare Exception of DeepSpeed's scaler
+                raise TrainingError(
+                    f"step {step + 1}: fp16 overflows at the smallest loss scale. Lower optim.lr, or use bf16."
+                ) from error
+            raise
         return sums
 
     def refuse_non_finite(self) -> None:

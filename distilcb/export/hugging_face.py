@@ -19,10 +19,17 @@ _PREFIX = "student."
 
 
 def save_recipe_of_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Keep the configuration and tokenizer that turn a checkpoint of this model into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with_tokenizer_ids(model.config, tokenizer).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Keep the configuration and tokenizer that turn a checkpoint of this model into a folder; once, whole or not."""
+    if (folder / "config.json").exists():
+        return
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with_tokenizer_ids(model.config, tokenizer).save_pretrained(temporary)
+    tokenizer = copy.deepcopy(tokenizer)  # of which the shipped one's length is "no limit", and nothing would be cut
+    tokenizer.model_max_length = family_of(model.config, where=str(folder)).max_seq_len(model.config)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(folder)
 
 
 def with_tokenizer_ids(config: Any, tokenizer: Any) -> Any:

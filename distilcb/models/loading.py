@@ -6,6 +6,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import xxhash
 
 from distilcb.errors import ModelError
 from distilcb.models.families import family_of
@@ -64,6 +65,15 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
             "layout. Give a model saved with its head (…ForMaskedLM)."
         )
     return model
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """A hash of all weights of a model on the CPU: what it is, wherever it lies."""
+    digest = xxhash.xxh3_128()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

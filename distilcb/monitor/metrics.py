@@ -1,5 +1,6 @@
 """Sums and counts, throughput, share of the device's peak, memory."""
 
+import re
 import resource
 import sys
 import time
@@ -53,7 +54,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in name), None)
+    words = set(re.split(r"[^A-Za-z0-9]", name))
+    if words & {"PCIe", "NVL"}:  # slower than the SXM variants that the table holds
+        return None
+    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in words), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ class RunWriter:
 
         self.path = run_dir / "metrics.jsonl"
         last_kept = first_step or -1  # what is resumed at 0 had no checkpoint, and evaluates step 0 again
-        _keep_lines_up_to(self.path, last_kept)
+        _keep_lines_up_to(self.path, last_kept, and_evaluation=first_step < steps)
         self._lines = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_kept + 1)
         self._bar = tqdm(total=steps, initial=first_step, unit=" steps", dynamic_ncols=True, desc="training")
@@ -70,16 +70,18 @@ class RunWriter:
         plain = {n: v if isinstance(v, bool | int | float | str) else json.dumps(v) for n, v in settings.items()}
         self._board.add_hparams(plain, results, run_name=".")
 
-    def say(self, text: str) -> None:
-        """A line above the progress bar."""
-        self._bar.write(text)
+    def finish(self) -> None:
+        """End the bar and bring every curve to disk."""
+        self._bar.close()
+        self._board.flush()
 
     def _write_line(self, record: dict[str, Any]) -> None:
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
 
 
-def _keep_lines_up_to(path: Path, step: int) -> None:
+def _keep_lines_up_to(path: Path, step: int, *, and_evaluation: bool) -> None:
+    """and_evaluation: whether evaluations of that very step stay; the last step's is made again."""
     if not path.exists():
         return
     kept = []
@@ -88,7 +90,7 @@ def _keep_lines_up_to(path: Path, step: int) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # a kill may have cut the last line
-        if record["step"] <= step:
+        if record["step"] < step or (record["step"] == step and (and_evaluation or "loss" in record)):
             kept.append(line)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

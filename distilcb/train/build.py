@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from distilcb.errors import ConfigError
 from distilcb.export.hugging_face import save_recipe_of_model
 from distilcb.losses.triplet import Counts
 from distilcb.models.families import Family
-from distilcb.models.loading import load_masked_lm
+from distilcb.models.loading import hash_weights, load_masked_lm
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.monitor.metrics import ModelShape, flops_per_token
@@ -80,6 +80,7 @@ class Models:
     student: Any
     family: Family
     tokenizer: TextTokenizer
+    teacher_hash: str | None = None
 
 
 @dataclass
@@ -133,7 +134,8 @@ def build(command: CommandLine) -> Run | None:
         return None
     models = build_models(config, place)
     train_blocks, heldout_blocks = _open_text(config, models.tokenizer, place.world)
-    facts = {"precision": place.precision, "text": _contents(train_blocks, heldout_blocks)}
+    text = _contents(train_blocks, heldout_blocks)
+    facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text}
     on_main(lambda: folder.begin_or_check(command, state, provenance(command, place.world.size), facts))
     on_main(lambda: save_recipe_of_model(folder.model, models.student, models.tokenizer.hugging_face))
     engine, stepper, micro_batches, counts = wire_stepper(config, place, models, train_blocks)
@@ -175,8 +177,9 @@ def build_models(config: Config, place: Place) -> Models:
     """
     teacher = None
     if config.teacher.model is not None:
-        dtype, pickle = DTYPES[place.precision], config.teacher.allow_pickle
-        teacher = Teacher(load_masked_lm(config.teacher.model, dtype=dtype, allow_pickle=pickle).to(place.device))
+        pickle = config.teacher.allow_pickle
+        # In fp32 at first: the student's master weights are copied from it.
+        teacher = Teacher(load_masked_lm(config.teacher.model, dtype=torch.float32, allow_pickle=pickle))
     tokenizer = TextTokenizer(config.data.tokenizer or config.teacher.model or config.student.init)
     student, family = build_student(
         config.student,
@@ -186,6 +189,9 @@ def build_models(config: Config, place: Place) -> Models:
     )
     models = Models(teacher, student, family, tokenizer)
     _check_models(config, models)
+    if teacher is not None:
+        models = replace(models, teacher_hash=hash_weights(teacher.model))
+        teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
     return models
 
 
@@ -210,6 +216,7 @@ def wire_stepper(
         steps=config.train.steps,
         seed=seed,
         dropout=models.family.dropout(models.student.config),
+        may_overflow=place.precision == "fp16",
         device=place.device,
     )
     return engine, stepper, MicroBatches(blocks, order, masking, cut), counts
@@ -219,7 +226,8 @@ def _heldout_batches(config: Config, world: World, tokenizer: TextTokenizer, blo
     """15 % of the tokens, all alike, from a fixed seed: the same words are asked whatever a run trains on."""
     plain, seq_len = MaskingConfig(smoothing=0.0), config.data.seq_len
     masking = Masking(plain, tokenizer.vocabulary, blocks.token_counts, seq_len=seq_len, seed=0)
-    return HeldoutBatches(blocks, masking, micro_batch=config.optim.micro_batch, rank=world.rank, world_size=world.size)
+    size = max(config.optim.micro_batch, _HELDOUT_TOKENS // seq_len)  # nothing is kept for a backward pass
+    return HeldoutBatches(blocks, masking, micro_batch=size, rank=world.rank, world_size=world.size)
 
 
 def start_engine(module: StepModule, config: Config, place: Place) -> Any:
@@ -242,7 +250,7 @@ def start_engine(module: StepModule, config: Config, place: Place) -> Any:
 
 
 def _deepspeed_settings(config: Config) -> tuple[dict[str, Any], str]:
-    cuda = torch.cuda.is_available()
+    cuda = distributed.uses_cuda()
     path, why = deepspeed_config.choose_file(config.deepspeed, cuda=cuda, cpu_has_bf16=deepspeed_config.cpu_has_bf16())
     settings = deepspeed_config.read_file(path)
     if deepspeed_config.precision(settings) == "fp16" and not cuda:
@@ -270,11 +278,13 @@ def _check_models(config: Config, built: Models) -> None:
                 f"{model.config.vocab_size}: it is not this model's tokenizer. Leave data.tokenizer out."
             )
     if teacher is not None:
-        for size, needed_by in (("vocab_size", ("kl", "mse")), ("hidden_size", ("cos",))):
-            ours, theirs = getattr(student.config, size), getattr(teacher.model.config, size)
-            terms = [f"loss.{term}" for term in needed_by if getattr(config.loss, term)]
-            if ours != theirs and terms:
-                faults.append(f"student's {size} {ours}, teacher's {theirs}: {', '.join(terms)} need them equal.")
+        ours, theirs = student.config, teacher.model.config
+        if ours.vocab_size != theirs.vocab_size:
+            faults.append(f"student's vocab_size {ours.vocab_size}, teacher's {theirs.vocab_size}: they must be equal.")
+        if ours.hidden_size != theirs.hidden_size and config.loss.cos:
+            faults.append(
+                f"student's hidden_size {ours.hidden_size}, teacher's {theirs.hidden_size}: loss.cos must be 0."
+            )
     if faults:
         raise ConfigError("\n  ".join(faults))
 

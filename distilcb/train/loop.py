@@ -161,8 +161,9 @@ def _finish(run: Run, writer: RunWriter | None) -> None:
             results = {n: v for n, v in flatten(heldout["student"]).items() if isinstance(v, int | float)}
             writer.results(flatten(to_plain(run.config)), {f"heldout/{n}": v for n, v in results.items()})
         run.folder.write_summary(summary)
+        writer.finish()
         run.folder.write_done()
-        writer.say("\n" + _last_screen(run, as_console(rows) if heldout else "", samples))
+        print("\n" + _last_screen(run, as_console(rows) if heldout else "", samples), flush=True)
 
     on_main(finish_on_main)
 

@@ -55,12 +55,16 @@ class RunFolder:
         Raises:
             CheckpointError: a folder made with other settings, or that is no run folder.
         """
-        if command.fresh or not self.path.exists() or not any(self.path.iterdir()):
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a file, needed a folder. Give another --run_dir.")
+        if not self.path.exists() or not any(self.path.iterdir()):
             return RunState.NEW
         if not self.config.is_file():
             raise CheckpointError(
                 f"{self.path} holds files but no config.yaml, so it is no run folder. Give another --run_dir."
             )
+        if command.fresh:
+            return RunState.NEW
         changed = differences(self._begun(), command.config)
         if changed:
             raise self._other("settings", changed)

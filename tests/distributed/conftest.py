@@ -32,7 +32,7 @@ class Rank:
 def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., list[Rank]]]:
     """Calls a function of a test module in real processes that form one DeepSpeed world.
 
-    run_on_ranks(function, ranks, fails=False, timeout_seconds=150, **arguments) -> what became of each rank.
+    run_on_ranks(function, ranks, fails=False, timeout_seconds=300, **arguments) -> what became of each rank.
     Processes meet over a file, so no ports collide; they are killed when the time is up. Unless `fails`, a rank
     that ends with another exit code than 0 fails the test with what it said.
     """
@@ -43,7 +43,7 @@ def run_on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
         ranks: int,
         *,
         fails: bool = False,
-        timeout_seconds: float = 150.0,
+        timeout_seconds: float = 300.0,
         **arguments: Any,
     ) -> list[Rank]:
         import torch
@@ -79,6 +79,7 @@ def _start(function: Callable[..., Any], folder: Path, rank: int, ranks: int) ->
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "1",
         "DS_ACCELERATOR": "cpu",
+        "PYTHONFAULTHANDLER": "1",
         "OMP_NUM_THREADS": "1",
     }
     words = [inspect.getfile(function), function.__name__, folder]

@@ -6,6 +6,7 @@ import math
 import resource
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import tiny
@@ -156,33 +157,41 @@ def test_a_step_of_4096_sequences_has_the_losses_of_one_of_256(findings):
     torch.testing.assert_close(many, few, rtol=0.2, atol=0.0)
 
 
-def runs_with_dropout(folder: Path) -> dict[str, torch.Tensor]:
-    """Sums of each step of several starts, over all ranks."""
+def runs_with_dropout(folder: Path) -> dict[str, Any]:
+    """Sums of each step of several starts, over all ranks; and what this rank seeded dropout with in two steps."""
     config, checkpoints = tiny.tiny_config(dropout=0.1), Checkpoints(folder, keep=1)
-    first, again, resumed = (tiny.start(config) for _ in range(3))
+    first, resumed, again = (tiny.start(config) for _ in range(3))
     torch.manual_seed(1)
-    sums = {"first": first.take(0, 2)}
+    results = {"first": first.take(0, 2)}
     checkpoints.save(first.engine, step=2, world_size=2, state={})
-    sums["first"] += first.take(2, 5)
+    results["first"] += first.take(2, 5)
     torch.manual_seed(2)
-    sums["again"] = again.take(0, 2)
     newest = checkpoints.of_step(2)
     assert newest is not None
     checkpoints.load(resumed.engine, newest, world_size=2)
-    sums["resumed"] = resumed.take(2, 5)
-    sums["without"] = tiny.start(tiny.tiny_config()).take(0, 1)
-    return {name: distributed.all_reduce_sum(torch.stack([r.sums for r in results])) for name, results in sums.items()}
+    results["resumed"] = resumed.take(2, 5)
+    with patch.object(torch, "manual_seed", wraps=torch.manual_seed) as seed:
+        results["again"] = again.take(0, 2)
+    seeds = [call.args[0] for call in seed.call_args_list]
+    results["without"] = tiny.start(tiny.tiny_config()).take(0, 1)
+    sums = {name: distributed.all_reduce_sum(torch.stack([r.sums for r in each])) for name, each in results.items()}
+    return {"sums": sums, "seeds": seeds}
 
 
 def test_a_repeated_step_drops_the_same_units(findings):
-    sums = findings[0]["dropout"]
+    sums = findings[0]["dropout"]["sums"]
     assert not torch.isclose(sums["first"][0], sums["without"][0])[:3].any()  # something is dropped
     assert torch.equal(sums["again"], sums["first"][:2])
 
 
+def test_each_micro_batch_of_each_rank_and_step_drops_units_of_its_own(findings):
+    seeds = [seed for rank in findings for seed in rank["dropout"]["seeds"]]
+    assert len(set(seeds)) == len(seeds) == 2 * 2 * 2
+
+
 def test_a_resumed_run_takes_the_same_steps_to_the_last_bit(findings):
     # The third of them shows what the optimizer made of the first two.
-    sums = findings[0]["dropout"]
+    sums = findings[0]["dropout"]["sums"]
     assert torch.equal(sums["resumed"], sums["first"][2:])
 
 

@@ -160,11 +160,10 @@ def test_bf16_gradients_are_near_those_of_fp32_however_a_batch_is_cut(steps, ran
 
 def test_bf16_gradients_lose_nothing_over_128_accumulation_steps(steps):
     right, _ = plain_step(tiny.tiny_config(global_batch=LONG_BATCH))
-    matrices = {name: part for name, part in right.items() if part.dim() == 2}
-    many, few = ({n: steps[BF16, accumulation][0].gradient[n] for n in matrices} for accumulation in (128, 4))
-    # Added up in bf16 the error is 2.3 times that of 4 steps.
-    assert max(errors(many, matrices).values()) < 1.25 * max(errors(few, matrices).values())
-    for name, error in errors(steps[BF16, 128][0].gradient, right).items():
+    many, few = (errors(steps[BF16, accumulation][0].gradient, right) for accumulation in (128, 4))
+    # Added up in bf16, the decoder's error over 128 steps is 1.7 times that over 4.
+    assert many["lm_head.decoder.weight"] < 1.25 * few["lm_head.decoder.weight"]
+    for name, error in many.items():
         assert error < bf16_tolerance(name, 1, 128), name
 
 
