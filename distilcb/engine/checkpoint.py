@@ -19,7 +19,7 @@ from typing import Any
 
 import xxhash
 
-from distilcb.distributed import is_main_process, on_main
+from distilcb.distributed import on_main
 from distilcb.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -63,10 +63,7 @@ class Checkpoints:
             engine.save_checkpoint(str(self.folder), tag=temporary.name, client_state=client_state, save_latest=False)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            fault = _unwritable(final, error)
-            if not is_main_process():  # rank zero, which prints, waits for this rank until the launcher ends it
-                log.error("%s", fault)
-            raise fault from error
+            raise _unwritable(final, error) from error
         on_main(lambda: self._complete(temporary, final, step, world_size))
         return final
 

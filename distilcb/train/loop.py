@@ -158,8 +158,8 @@ def _finish(run: Run, writer: RunWriter | None) -> None:
         _export(run, heldout)
         if heldout:
             writer.evaluation(run.progress.step, figures)
-            results = {n: v for n, v in flatten(heldout["student"]).items() if isinstance(v, int | float)}
-            writer.results(flatten(to_plain(run.config)), {f"heldout/{n}": v for n, v in results.items()})
+        results = {f"heldout/{n}": v for n, v in flatten(heldout.get("student", {})).items()}
+        writer.results(flatten(to_plain(run.config)), results | {"train/tokens": summary["train"]["tokens"]})
         run.folder.write_summary(summary)
         writer.finish()
         run.folder.write_done()

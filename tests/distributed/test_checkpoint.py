@@ -260,7 +260,6 @@ def resumed_run(run_on_ranks, killed_run) -> tuple[list[Any], Path]:
 
 def resume_twice(folder: Path) -> None:
     """Runs on every rank: go on, damage what was gone on from, go on again, and have no room for a save."""
-    distributed.configure_logging(distributed.discover())
     checkpoints = Checkpoints(folder, keep=3)
     told = {}
     for damaged in (None, 4):
@@ -300,5 +299,6 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_been_killed(killed_run, resumed_
 def test_one_rank_without_disk_space_ends_all_and_says_why(resumed_run):
     ranks, folder = resumed_run
     assert [rank.exit_code for rank in ranks] == [2, 2], ranks[0].output + ranks[1].output
-    assert f"[rank 1] {folder / 'step_00000006'} cannot be written" in ranks[1].output
+    message = f"[rank 1] CheckpointError: {folder / 'step_00000006'} cannot be written"
+    assert ranks[1].output.count(message) == ranks[1].output.count("cannot be written") == 1
     assert newest_step(folder) == 2
