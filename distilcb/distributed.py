@@ -283,8 +283,13 @@ def _from_launcher(environ: Mapping[str, str]) -> World | None:
         # deepspeed writes LOCAL_SIZE for torchrun's LOCAL_WORLD_SIZE.
         local_size=_number(environ, "LOCAL_WORLD_SIZE", default=0) or _number(environ, "LOCAL_SIZE", default=0),
         master_addr=environ.get("MASTER_ADDR") or LOOPBACK,
-        master_port=_port(environ, size=size),
+        # deepspeed always says 29500, so that two runs on one machine would collide; torchrun's agent listens on its.
+        master_port=_free_port() if size == 1 and not _has_agent(environ) else _port(environ, size=size),
     )
+
+
+def _has_agent(environ: Mapping[str, str]) -> bool:
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _from_mpi(environ: Mapping[str, str]) -> World:
@@ -642,6 +647,9 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
     rank zero has had time to end the job with the same one. Where there are several ranks the process ends here:
     leaving the group in good order would wait for ranks that may not come.
     """
+    # Threads that wait should sleep: beside any other work, spinning ones make a step on a CPU ten times slower. Read
+    # when torch is loaded, which comes later.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main(sys.argv[1:])
     except (UserError, TrainingError) as error:
