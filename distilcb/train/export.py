@@ -56,5 +56,7 @@ def _find(folder: RunFolder, step: int | None) -> Checkpoint:
     if found is None:
         there = ", ".join(str(s) for s in checkpoints.steps()) or "none"
         wanted = "" if step is None else f" of step {step}"
-        raise CheckpointError(f"{folder.checkpoints}: no good checkpoint{wanted}. Steps there: {there}.")
+        raise CheckpointError(
+            f"{folder.checkpoints}: no good checkpoint{wanted}. Steps there: {there} (older ones are deleted)."
+        )
     return found
