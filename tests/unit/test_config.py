@@ -501,7 +501,7 @@ def test_settings_that_contradict_each_other_are_named(tree, named):
     ],
 )
 def test_settings_that_agree_are_taken(tree):
-    validate(tree)
+    assert isinstance(validate(tree), Config)
 
 
 def test_training_on_no_text_is_a_fault(recipe):

@@ -87,7 +87,8 @@ def test_a_pickle_is_refused_unless_allowed(pickled):
 
 def test_safetensors_are_read_even_where_a_pickle_is_allowed(folder):
     (folder / "pytorch_model.bin").write_bytes(b"no pickle at all")
-    load_masked_lm(str(folder), dtype=FP32, allow_pickle=True)
+    model = load_masked_lm(str(folder), dtype=FP32, allow_pickle=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {FP32}
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle at all"])
