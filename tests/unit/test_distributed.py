@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import re
 import socket
 import subprocess
@@ -420,6 +421,28 @@ def test_threads_that_the_user_chose_are_left_alone(environ_of_nobody):
     environ_of_nobody.setenv("OMP_NUM_THREADS", "3")
     environ_of_nobody.setattr(torch, "set_num_threads", lambda _threads: pytest.fail("threads were set"))
     distributed._size_cpu_threads(World("env", 0, 2, 0, 2, "node1", 12345))
+
+
+def _page_faults_of_a_repeated_tensor(environ: dict[str, str]) -> int:
+    """Pages that the kernel hands out while a tensor of 16 MB is made and dropped twenty times."""
+    code = (
+        "import resource, torch\n"
+        "from distilcb import distributed\n"
+        "distributed._keep_freed_memory()\n"
+        "torch.ones(4_000_000)\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(20): torch.ones(4_000_000)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", code], env=clean | environ, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc, whose malloc this is about")
+def test_memory_that_a_tensor_frees_is_used_again_unless_the_user_set_malloc():
+    assert _page_faults_of_a_repeated_tensor({}) < 1_000
+    assert _page_faults_of_a_repeated_tensor({"MALLOC_MMAP_THRESHOLD_": "131072"}) > 10_000
 
 
 def test_a_rank_without_a_gpu_of_its_own_is_refused_and_told_what_to_ask_for(environ_of_nobody):
