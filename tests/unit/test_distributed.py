@@ -424,12 +424,12 @@ def test_threads_that_the_user_chose_are_left_alone(environ_of_nobody):
 
 
 def _page_faults_of_a_repeated_tensor(environ: dict[str, str]) -> int:
-    """Pages that the kernel hands out while a tensor of 16 MB is made and dropped twenty times."""
+    """Pages that the kernel hands out while a tensor of 16 MB is made and dropped twenty times, after as many before."""
     code = (
         "import resource, torch\n"
         "from distilcb import distributed\n"
         "distributed._keep_freed_memory()\n"
-        "torch.ones(4_000_000)\n"
+        "for _ in range(20): torch.ones(4_000_000)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(20): torch.ones(4_000_000)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
