@@ -25,7 +25,7 @@ from distilcb.data.masking import Masking
 from distilcb.data.order import Order
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
-from distilcb.distributed import World, is_compiled, on_main
+from distilcb.distributed import is_compiled, on_main
 from distilcb.engine import deepspeed_config
 from distilcb.engine.checkpoint import Checkpoints
 from distilcb.engine.operators import FUSED_ADAM
@@ -34,6 +34,7 @@ from distilcb.engine.step_module import StepModule
 from distilcb.engine.stepper import Stepper
 from distilcb.errors import ConfigError
 from distilcb.export.hugging_face import save_recipe_of_model
+from distilcb.launcher import World
 from distilcb.losses.triplet import Counts
 from distilcb.models.families import Family
 from distilcb.models.loading import hash_weights, load_masked_lm
