@@ -149,6 +149,9 @@ def configure_logging(world: World) -> None:
     _log.propagate = False
     for library in ("DeepSpeed", "transformers", "datasets"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # one a model, for the second that its weights take
     if not uses_cuda():
         _quiet_accelerator_search()
 

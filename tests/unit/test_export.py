@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 from distilcb.config import Config, OptimConfig, TeacherConfig
 from distilcb.data.tokenizer import load_tokenizer
@@ -76,8 +77,6 @@ def test_keeping_the_recipe_of_a_model_leaves_the_model_as_it_was(tiny_model, to
 
 @torch.no_grad()
 def test_an_export_counts_positions_as_its_model_did_in_training(tiny_model, tokenizer, tmp_path):
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
     model, ids = tiny_model(layers=2, vocab_size=len(tokenizer), pad_token_id=0), torch.tensor([[BOS, 40, 41, EOS]])
     save_recipe_of_model(tmp_path, model, tokenizer)
     again = AutoModelForMaskedLM.from_config(AutoConfig.from_pretrained(tmp_path)).eval()
@@ -96,8 +95,6 @@ def test_the_recipe_of_a_model_is_its_configuration_and_tokenizer_without_weight
 
 @torch.no_grad()
 def test_an_exported_folder_loads_as_a_masked_language_model_with_the_same_logits(exported, model):
-    from transformers import AutoModelForMaskedLM
-
     again = AutoModelForMaskedLM.from_pretrained(exported)
     ids = torch.tensor([[BOS, 40, 41, 8004, EOS]])
     assert type(again).__name__ == "CamembertForMaskedLM"
@@ -135,8 +132,9 @@ def test_an_exported_folder_fills_masks_in_transformers_pipeline(exported, model
     assert [answer["token"] for answer in answers] == logits.topk(3).indices.tolist()
 
 
-def test_a_whole_folder_is_proved_without_a_word(exported, model):
+def test_a_whole_folder_is_proved_without_a_word(exported, model, capsys):
     prove(exported, model)
+    assert capsys.readouterr().out == ""
 
 
 def alter(folder, name, change):
@@ -186,8 +184,6 @@ def test_an_export_holds_weights_configuration_tokenizer_and_card(export):
 
 @torch.no_grad()
 def test_an_export_gives_the_models_logits_in_fp32(export, model):
-    from transformers import AutoModelForMaskedLM
-
     again = AutoModelForMaskedLM.from_pretrained(export())
     ids = torch.tensor([[BOS, 40, 41, EOS]])
     assert again.dtype == torch.float32
@@ -212,7 +208,9 @@ def test_others_may_read_an_export(export):
 def test_a_tied_weight_may_be_missing(export, model, tied):
     weights = dict(model.state_dict())
     del weights[tied]
-    export(weights)
+    output = export(weights)
+    again = AutoModelForMaskedLM.from_pretrained(output).state_dict()
+    assert torch.equal(again[tied], model.state_dict()[tied])
 
 
 def test_a_missing_weight_is_an_error_that_names_it_and_leaves_nothing(export, model, tmp_path):
@@ -299,7 +297,9 @@ def test_a_card_lists_every_setting_as_json(model):
 def test_the_python_lines_of_a_card_run(exported, model):
     """As written, but for the folder's name."""
     code = card(model).split("```python\n")[1].split("```")[0].replace("PATH_OF_THIS_FOLDER", str(exported))
-    exec(compile(code, "card", "exec"), {})
+    names: dict = {}
+    exec(compile(code, "card", "exec"), names)
+    assert names["fill"].model.config.num_hidden_layers == model.config.num_hidden_layers
 
 
 @pytest.fixture
