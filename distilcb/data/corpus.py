@@ -1,4 +1,4 @@
-"""Sources of text: files, folders and globs, read as a stream of documents."""
+"""Sources of text: files, folders, globs and data sets of the hub, read as a stream of documents."""
 
 import glob
 import gzip
@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from distilcb.errors import DataError
+from distilcb.hub import HUB_PREFIX, HubDataset
+
+Source = Path | HubDataset
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
@@ -28,14 +31,17 @@ class Damage:
     control_characters: int = 0
 
 
-def find_sources(names: Sequence[str]) -> list[Path]:
-    """The readable files that files, folders and globs stand for, sorted within each and without repeats.
+def find_sources(names: Sequence[str]) -> list[Source]:
+    """What the names stand for, without repeats: readable files, sorted within each folder or glob, and hub:… names.
 
     Raises:
         DataError: a name that stands for nothing, or for nothing readable.
     """
-    found: list[Path] = []
+    found: list[Source] = []
     for name in names:
+        if name.startswith(HUB_PREFIX):
+            found.append(HubDataset.parse(name))
+            continue
         path = Path(name).expanduser()
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
@@ -52,8 +58,8 @@ def find_sources(names: Sequence[str]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read_documents(path: Path, *, text_field: str, damage: Damage) -> Iterator[str]:
-    """The documents of one file, cleaned: a line of .txt, a record of .jsonl, a row of .parquet.
+def read_documents(source: Source, *, text_field: str, damage: Damage) -> Iterator[str]:
+    """The documents of one source, cleaned: a line of .txt, a record of .jsonl, a row of .parquet or of a data set.
 
     Invalid UTF-8 becomes U+FFFD, control characters become spaces, empty documents are left out; `damage` counts.
 
@@ -65,20 +71,26 @@ def read_documents(path: Path, *, text_field: str, damage: Damage) -> Iterator[s
         ".jsonl": _read_json_lines,
         ".parquet": _read_parquet,
     }
+    if isinstance(source, HubDataset):
+        texts: Iterator[str | bytes] = _read_dataset(source, text_field)
+    else:
+        texts = readers[_format(source)](source, text_field)
     try:
-        for text in readers[_format(path)](path, text_field):
+        for text in texts:
             document = _clean(text, damage)
             if document:
                 yield document
             else:
                 damage.empty_documents += 1
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{path}: {error or 'the file ends in the middle'}. Fetch or make the file again.") from error
+        raise DataError(f"{source}: {error or 'the file ends in the middle'}. Fetch or make the file again.") from error
 
 
-def kind_of(path: Path) -> list[str]:
+def kind_of(source: Source) -> list[str]:
     """Format and compression of a readable file, such as [".jsonl", ".gz"]: what its name says of how to read it."""
-    return [suffix for suffix in path.suffixes if suffix in _FORMATS + _COMPRESSIONS]
+    if isinstance(source, HubDataset):
+        return [HUB_PREFIX]
+    return [suffix for suffix in source.suffixes if suffix in _FORMATS + _COMPRESSIONS]
 
 
 def _readable() -> str:
@@ -162,6 +174,23 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str | bytes]:
                         "Name another with --data.text_field (launch/prepare.py: --text_field)."
                     )
                 yield text or ""
+
+
+def _read_dataset(source: HubDataset, text_field: str) -> Iterator[str]:
+    rows = source.load()
+    if text_field not in rows.column_names:
+        raise DataError(
+            f"{source}: columns {rows.column_names}, needed one named '{text_field}'. "
+            "Name it with --data.text_field (launch/prepare.py: --text_field)."
+        )
+    for row in rows.select_columns(text_field):
+        text = row[text_field]
+        if not isinstance(text, str | None):
+            raise DataError(
+                f"{source}: column '{text_field}' holds {type(text).__name__}, needed text. "
+                "Name another with --data.text_field (launch/prepare.py: --text_field)."
+            )
+        yield text or ""
 
 
 # Every control character but tab and line ends, which split() takes for spaces.

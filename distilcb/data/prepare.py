@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from distilcb.data.blocks import TOKEN_COUNTS, Description, is_prepared, read_description
-from distilcb.data.corpus import Damage, find_sources, kind_of, read_documents
+from distilcb.data.corpus import Damage, Source, find_sources, kind_of, read_documents
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
 from distilcb.errors import ConfigError, DataError
+from distilcb.hub import HubDataset
 
 # Documents tokenized in one call, so that the Rust tokenizer can use several threads.
 _BATCH_DOCUMENTS = 512
@@ -132,22 +133,29 @@ def prepare_cached(
     return output
 
 
-def content_key(sources: Sequence[Path], *, tokenizer: TextTokenizer, seq_len: int, text_field: str) -> str:
+def content_key(sources: Sequence[Source], *, tokenizer: TextTokenizer, seq_len: int, text_field: str) -> str:
     """A hash of all that decides what the blocks hold.
 
     Raises:
         DataError: a file that cannot be read.
     """
     digest = hashlib.sha256()
-    facts = [1, tokenizer.vocabulary.fingerprint, seq_len, text_field, [kind_of(path) for path in sources]]
+    facts = [1, tokenizer.vocabulary.fingerprint, seq_len, text_field, [kind_of(source) for source in sources]]
     digest.update(json.dumps(facts).encode())
-    for path in sources:
-        try:
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    for source in sources:
+        digest.update(_content(source))
     return digest.hexdigest()
+
+
+def _content(source: Source) -> bytes:
+    """What tells a source's content from another's: a hash of a file's bytes, the fingerprint of a data set."""
+    if isinstance(source, HubDataset):
+        return f"{source} {source.load()._fingerprint}".encode()
+    try:
+        with source.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
 
 
 class _Packer:
@@ -218,19 +226,19 @@ class _Writer:
 
 
 def _all_documents(
-    sources: Sequence[Path], text_field: str, damage: Damage, facts: list[dict[str, Any]], show_progress: bool
+    sources: Sequence[Source], text_field: str, damage: Damage, facts: list[dict[str, Any]], show_progress: bool
 ) -> Iterator[str]:
     """Every document of every source; what was read of each is appended to `facts`."""
     with tqdm(unit=" documents", disable=not show_progress, desc="preparing", unit_scale=True) as bar:
-        for path in sources:
+        for source in sources:
             documents = characters = 0
-            for document in read_documents(path, text_field=text_field, damage=damage):
+            for document in read_documents(source, text_field=text_field, damage=damage):
                 documents += 1
                 characters += len(document)
                 bar.update()
                 yield document
-            size = path.stat().st_size
-            facts.append({"path": str(path), "bytes": size, "documents": documents, "characters": characters})
+            size = source.stat().st_size if isinstance(source, Path) else None
+            facts.append({"path": str(source), "bytes": size, "documents": documents, "characters": characters})
 
 
 def _batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:

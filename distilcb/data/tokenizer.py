@@ -5,13 +5,13 @@ import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distilcb.errors import ModelError
+from distilcb.hub import first_line, model_folder
 
 # Tokenized into the fingerprint, so that two tokenizers with one vocabulary but other rules are told apart.
 _PROBE = "Où l'été naît-il ? À Noël, 1 234,50 € — «ÇA», co-\u00a0œuvre\u200b ﬁn x²!"
@@ -105,23 +105,14 @@ def load_tokenizer(folder: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if _looks_like_path(folder) and not Path(folder).is_dir():
-        raise ModelError(f"tokenizer folder {folder} does not exist. Give the folder of a tokenizer, or a hub name.")
+    path = model_folder(folder, what="tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exceptions at a file that it cannot read
         raise ModelError(
-            f"tokenizer {folder} cannot be read: {_first_line(error)}. Needed: tokenizer.json or "
-            "sentencepiece.bpe.model beside config.json, in a local folder where there is no network."
+            f"tokenizer {folder} cannot be read: {first_line(error)}. Needed: tokenizer.json or "
+            "sentencepiece.bpe.model beside config.json."
         ) from error
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _word_starts(tokenizer: Any, size: int) -> NDArray[np.bool_]:

@@ -1,7 +1,6 @@
 """Masked language models from folders and hub names: safetensors only, no remote code, no silent gaps."""
 
 import json
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 import xxhash
 
 from distilcb.errors import ModelError
+from distilcb.hub import first_line, model_folder
 from distilcb.models.families import family_of
 
 
@@ -20,18 +20,16 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    path = Path(name).expanduser()
-    if not path.exists() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".json")):
-        raise ModelError(f"model folder {name} does not exist. Give a folder with config.json, or a hub name.")
+    path = model_folder(name)
     try:
         if path.is_file():  # a bare config.json under any name
             facts = json.loads(path.read_text(encoding="utf-8"))
             return AutoConfig.for_model(**facts)
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
-            f"model {name} cannot be read: {_first_line(error)}. Needed: a folder with config.json and "
-            "model.safetensors; without network, give a local folder in place of a hub name."
+            f"model {name} cannot be read: {first_line(error)}. Needed: a folder with config.json and "
+            "model.safetensors."
         ) from error
 
 
@@ -44,10 +42,11 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
     from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM
 
-    family_of(load_config(name), where=name)  # before gigabytes of weights are read
+    folder = model_folder(name, pickle=allow_pickle)
+    family_of(load_config(str(folder)), where=name)  # before gigabytes of weights are read
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(
-            name,
+            str(folder),
             dtype=dtype,
             use_safetensors=None if allow_pickle else True,
             trust_remote_code=False,
@@ -55,7 +54,7 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
         )
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
         raise ModelError(
-            f"model {name} cannot be read: {_first_line(error)}. Needed: model.safetensors, undamaged. A pickled "
+            f"model {name} cannot be read: {first_line(error)}. Needed: model.safetensors, undamaged. A pickled "
             "pytorch_model.bin is read for a teacher only, with --teacher.allow_pickle true: trust its author."
         ) from error
     missing = sorted(info["missing_keys"])
@@ -74,7 +73,3 @@ def hash_weights(model: torch.nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

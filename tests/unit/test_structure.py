@@ -12,7 +12,7 @@ from distilcb.config import REPOSITORY
 # Parts of a layer import from those before it, and not from each other.
 LAYERS = [
     {"errors"},
-    {"launcher"},
+    {"launcher", "hub"},
     {"config", "distributed"},
     {"data", "models", "losses", "monitor"},
     {"engine"},
