@@ -7,8 +7,9 @@ python benchmarks/study.py --train fr_train.txt.xz --heldout fr_valid.txt.xz --s
 - random layers: kl, mlm and cos, from random weights
 
 Each run is `launch/train.py` in a folder of its own under --runs, so the same command resumes what was stopped and
-leaves alone what is done; figures by source are kept beside each run as they are made. --sources has, for each line of
-the held-out text, its source before a tab. --report writes the tables as Markdown and all figures as JSON.
+leaves alone what is done. While a run trains its curves follow a tenth of the held-out text; its figures, on all of it
+and by source, are made once it is done and kept beside it. --sources has, for each line of the held-out text, its
+source before a tab. --report writes the tables as Markdown and all figures as JSON.
 """
 
 import argparse
@@ -17,7 +18,6 @@ import lzma
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,10 @@ STUDENTS = {
 }
 FIGURES = {"kl": "kl (nats)", "agreement": "agreement", "mlm_accuracy": "words right", "mlm_loss": "loss (nats)"}
 _SHARES = ("agreement", "mlm_accuracy")
-# Sources with fewer held-out blocks say little by themselves.
+# Sources with fewer held-out blocks say little by themselves: they count in the whole only.
 _FEWEST_BLOCKS = 20
-_MASKINGS = 8
+_MASKINGS = 4
+_SAMPLE_EVERY = 10
 
 
 def main() -> None:
@@ -62,10 +63,13 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="Markdown file to write; its figures go beside it as .json")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
+    texts = Texts(options)
     for seed in range(options.seeds):  # seeds outside, so that a study stopped early compares like with like
         for name, settings in STUDENTS.items():
-            train(run_folder(options.runs, name, seed), settings, seed, options)
-    figures = gather(options)
+            folder = run_folder(options.runs, name, seed)
+            train(folder, settings, seed, options, texts.sample)
+            kept_figures(folder, texts)
+    figures = gather(options, texts)
     tables = report(figures)
     for title, rows in tables.items():
         print(f"\n{title}\n{as_console(rows)}")
@@ -80,48 +84,80 @@ def run_folder(runs: Path, name: str, seed: int) -> Path:
     return runs / f"{name.replace(' ', '_')}_{seed}"
 
 
-def train(folder: Path, settings: Sequence[str], seed: int, options: argparse.Namespace) -> None:
+def train(folder: Path, settings: Sequence[str], seed: int, options: argparse.Namespace, sample: Path) -> None:
     """One run, or what is left of it."""
     words = ["--recipe", str(RECIPE), "--run_dir", str(folder), "--train.seed", str(seed), *settings]
-    words += ["--data.train", options.train, "--data.heldout", options.heldout, "--train.steps", str(options.steps)]
-    words += ["--train.eval_every", str(max(1, options.steps // 5)), "--train.save_every", "50"]
+    words += ["--data.train", options.train, "--data.heldout", str(sample), "--train.steps", str(options.steps)]
+    words += ["--train.eval_every", str(max(1, options.steps // 10)), "--train.save_every", "50"]
     print(f"--- {folder.name}", flush=True)
     subprocess.run([sys.executable, str(REPOSITORY / "launch" / "train.py"), *words], check=True)
 
 
-def gather(options: argparse.Namespace) -> dict[str, Any]:
-    """{student: {source: {figure: [one a seed]}}} and the teacher's own, {source: {figure: value}}."""
-    teacher = Teacher(load_masked_lm(str(load_recipe(RECIPE).teacher.model), dtype=torch.float32))
-    tokenizer = TextTokenizer(str(load_recipe(RECIPE).teacher.model))
-    texts = {"all": open_text(options.heldout, tokenizer)}
-    if options.sources:
-        texts |= by_source(Path(options.heldout), Path(options.sources), tokenizer)
-    found: dict[str, Any] = {"teacher": {}, "blocks": {source: len(blocks) for source, blocks in texts.items()}}
-    for name in STUDENTS:
-        found[name] = {source: {figure: [] for figure in FIGURES} for source in texts}
-        for seed in range(options.seeds):
-            folder = run_folder(options.runs, name, seed)
-            for source, figures in _kept_figures(folder, texts, teacher, tokenizer).items():
-                found["teacher"][source] = figures["teacher"]
-                for figure in FIGURES:
-                    found[name][source][figure].append(figures["student"][figure])
-    return found
+class Texts:
+    """The held-out text: a sample for the runs' own curves, and blocks of each source.
+
+    sample: a .txt of every tenth document.
+    blocks: {source: blocks}; one source, "all", where none are told.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        recipe = load_recipe(RECIPE)
+        self.teacher = Teacher(load_masked_lm(str(recipe.teacher.model), dtype=torch.float32))
+        self.tokenizer = TextTokenizer(str(recipe.teacher.model))
+        self.seq_len = recipe.data.seq_len
+        documents = list(read_documents(Path(options.heldout), text_field="text", damage=Damage()))
+        sources = _sources(Path(options.sources)) if options.sources else ["all"] * len(documents)
+        if len(documents) != len(sources):
+            raise SystemExit(f"{len(documents)} documents in {options.heldout}, {len(sources)} lines in --sources")
+        folder = options.runs / "heldout"
+        folder.mkdir(parents=True, exist_ok=True)
+        self.sample = _write(folder / "sample.txt", documents[::_SAMPLE_EVERY])
+        self.blocks = {
+            source: self._open(
+                _write(folder / f"{source}.txt", [d for d, s in zip(documents, sources, strict=True) if s == source])
+            )
+            for source in dict.fromkeys(sources)
+        }
+
+    def _open(self, path: Path) -> Blocks:
+        cache = cache_folder(DataConfig())
+        folder = prepare_cached(
+            [str(path)], tokenizer=self.tokenizer, cache=cache, seq_len=self.seq_len, text_field="text"
+        )
+        return Blocks(folder)
+
+    def batches(self, source: str) -> HeldoutBatches:
+        """The masks that a run's own evaluation uses."""
+        blocks, plain = self.blocks[source], MaskingConfig(smoothing=0.0)
+        masking = Masking(plain, self.tokenizer.vocabulary, blocks.token_counts, seq_len=self.seq_len, seed=0)
+        return HeldoutBatches(blocks, masking, micro_batch=64, rank=0, world_size=1)
 
 
-def _kept_figures(folder: Path, texts: dict[str, Blocks], teacher: Teacher, tokenizer: TextTokenizer) -> dict[str, Any]:
+def _sources(path: Path) -> list[str]:
+    opener = lzma.open if path.suffix == ".xz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        return [line.split("\t")[0].strip() for line in lines]
+
+
+def _write(path: Path, documents: Sequence[str]) -> Path:
+    path.write_text("\n".join(documents) + "\n", encoding="utf-8")
+    return path
+
+
+def kept_figures(folder: Path, texts: Texts) -> dict[str, Any]:
     """The held-out figures of a finished run by source, made once and kept in its folder; in fp32, as exported."""
     kept = folder / "by_source.json"
     figures: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    contents = {source: blocks.description.content for source, blocks in texts.items()}
+    contents = {source: blocks.description.content for source, blocks in texts.blocks.items()}
     if missing := [s for s, content in contents.items() if figures.get(s, {}).get("content") != content]:
         print(f"--- evaluating {folder.name}", flush=True)
         student = load_masked_lm(str(folder / "student"), dtype=torch.float32)
         for source in missing:
             figures[source] = {"content": contents[source]} | evaluate(
                 student,
-                teacher,
-                teacher.family,
-                heldout_batches(texts[source], tokenizer),
+                texts.teacher,
+                texts.teacher.family,
+                texts.batches(source),
                 maskings=_MASKINGS,
                 device=torch.device("cpu"),
             )
@@ -129,38 +165,28 @@ def _kept_figures(folder: Path, texts: dict[str, Blocks], teacher: Teacher, toke
     return figures
 
 
-def heldout_batches(blocks: Blocks, tokenizer: TextTokenizer) -> HeldoutBatches:
-    """The masks that a run's own evaluation uses."""
-    seq_len = blocks.description.seq_len
-    masking = Masking(MaskingConfig(smoothing=0.0), tokenizer.vocabulary, blocks.token_counts, seq_len=seq_len, seed=0)
-    return HeldoutBatches(blocks, masking, micro_batch=64, rank=0, world_size=1)
+def gather(options: argparse.Namespace, texts: Texts) -> dict[str, Any]:
+    """{student: {source: {figure: [one a seed]}}} and the teacher's own, {source: {figure: value}}; "all" too."""
+    sizes = {source: len(blocks) for source, blocks in texts.blocks.items()}
+    found: dict[str, Any] = {"blocks": sizes | {"all": sum(sizes.values())}, "teacher": {}}
+    for name in STUDENTS:
+        found[name] = {source: {figure: [] for figure in FIGURES} for source in found["blocks"]}
+        for seed in range(options.seeds):
+            figures = kept_figures(run_folder(options.runs, name, seed), texts)
+            for figure in FIGURES:
+                values = {source: figures[source]["student"][figure] for source in sizes}
+                for source, value in (values | {"all": _whole(values, sizes)}).items():
+                    found[name][source][figure].append(value)
+    for figure in ("mlm_accuracy", "mlm_loss"):
+        values = {source: figures[source]["teacher"][figure] for source in sizes}
+        for source, value in (values | {"all": _whole(values, sizes)}).items():
+            found["teacher"].setdefault(source, {})[figure] = value
+    return found
 
 
-def open_text(name: str, tokenizer: TextTokenizer) -> Blocks:
-    """The blocks of a text file."""
-    seq_len = load_recipe(RECIPE).data.seq_len
-    cache = cache_folder(DataConfig())
-    return Blocks(prepare_cached([name], tokenizer=tokenizer, cache=cache, seq_len=seq_len, text_field="text"))
-
-
-def by_source(heldout: Path, sources: Path, tokenizer: TextTokenizer) -> dict[str, Blocks]:
-    """The held-out text cut by source; sources of few blocks are left out."""
-    documents: dict[str, list[str]] = {}
-    opener = lzma.open if sources.suffix == ".xz" else open
-    with opener(sources, "rt", encoding="utf-8") as lines:
-        names = [line.split("\t")[0].strip() for line in lines]
-    texts = list(read_documents(heldout, text_field="text", damage=Damage()))
-    if len(texts) != len(names):
-        raise SystemExit(f"{heldout}: {len(texts)} documents, {sources}: {len(names)} lines; they must be as many")
-    for name, text in zip(names, texts, strict=True):
-        documents.setdefault(name, []).append(text)
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, parts in documents.items():
-            path = Path(folder) / f"{name}.txt"
-            path.write_text("\n".join(parts) + "\n", encoding="utf-8")
-            found[name] = open_text(str(path), tokenizer)
-    return {name: blocks for name, blocks in found.items() if len(blocks) >= _FEWEST_BLOCKS}
+def _whole(values: dict[str, float], sizes: dict[str, int]) -> float:
+    """The mean over all text: every block has as many masked words."""
+    return sum(values[source] * sizes[source] for source in sizes) / sum(sizes.values())
 
 
 def report(figures: dict[str, Any]) -> dict[str, list[list[str]]]:
@@ -173,7 +199,8 @@ def report(figures: dict[str, Any]) -> dict[str, list[list[str]]]:
     tables["All held-out text"].append(
         ["teacher", "–", "–", *(spread([teacher[figure]], figure) for figure in ("mlm_accuracy", "mlm_loss"))]
     )
-    sources = sorted((s for s in figures["blocks"] if s != "all"), key=lambda s: -figures["blocks"][s])
+    large = [source for source, blocks in figures["blocks"].items() if blocks >= _FEWEST_BLOCKS and source != "all"]
+    sources = sorted(large, key=lambda source: -figures["blocks"][source])
     for figure, title in FIGURES.items() if sources else ():
         with_teacher = figure in figures["teacher"]["all"]
         rows = [["source", "blocks", *STUDENTS, *(["teacher"] if with_teacher else [])]]

@@ -128,8 +128,8 @@ class LossConfig:
 
 @section
 class OptimConfig:
-    name: Literal["adamw"] = "adamw"
-    """optimizer: adamw is DeepSpeed's fused Adam with decoupled weight decay"""
+    name: Literal["adamw", "adamw_torch"] = "adamw"
+    """optimizer: adamw is DeepSpeed's fused Adam with decoupled weight decay, adamw_torch torch's own"""
     global_batch: Count = 4096
     """sequences an optimizer step, over all ranks and accumulation"""
     micro_batch: Count = 8

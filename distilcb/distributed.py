@@ -73,7 +73,8 @@ def use_own_tools() -> None:
 
 def compiled_operators_folder() -> Path:
     """Where torch keeps the operators that it compiles."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
 
 
 def is_compiled(operator: str) -> bool:

@@ -73,7 +73,7 @@ def _main(_words: list[str]) -> None:
     except LaunchError as error:
         if not uses_cuda():
             raise
-        print(f"{error}\nGoing on without: training will use torch.optim.AdamW.", file=sys.stderr)
+        print(f"{error}\nUntil then train with --optim.name adamw_torch.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Parameter groups, the optimizer, and the learning rate as a function of the step."""
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 
 from distilcb.config import OptimConfig
 from distilcb.distributed import device
-
-log = logging.getLogger(__name__)
+from distilcb.errors import LaunchError
+from distilcb.hub import first_line
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -26,23 +25,28 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """DeepSpeed's fused AdamW; torch's where there is no compiler to build it with (said aloud)."""
-    from deepspeed.ops.adam import FusedAdam
+    """The optimizer that `optim.name` asks for.
 
+    Raises:
+        LaunchError: DeepSpeed's fused Adam cannot be compiled.
+    """
     groups = parameter_groups(model, optim.weight_decay)
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if optim.name == "adamw_torch":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    from deepspeed.ops.adam import FusedAdam
+
     try:
         optimizer = FusedAdam(groups, adam_w_mode=True, **settings)
-        if device().type == "cpu":
-            optimizer.multi_tensor_adam = _forgetful(optimizer.multi_tensor_adam)
-        return optimizer
     except Exception as error:  # DeepSpeed raises many kinds while it compiles
-        log.warning(
-            "DeepSpeed's fused Adam cannot be built here (%s); going on with torch.optim.AdamW. "
-            "A C++ compiler and ninja mend it.",
-            str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-        )
-        return torch.optim.AdamW(groups, fused=True, **settings)
+        raise LaunchError(
+            f"DeepSpeed's fused Adam cannot be compiled here ({first_line(error)}). Needed: ninja and a C++ compiler "
+            "(apt-get install g++, or module load gcc); for a GPU also nvcc, of torch's CUDA version. Or take torch's "
+            "own optimizer: --optim.name adamw_torch."
+        ) from error
+    if device().type == "cpu":
+        optimizer.multi_tensor_adam = _forgetful(optimizer.multi_tensor_adam)
+    return optimizer
 
 
 def _forgetful(kernel: Callable[..., None]) -> Callable[..., None]:

@@ -1,6 +1,7 @@
 """Where figures go: progress bar, metrics.jsonl, TensorBoard. Only rank zero makes one."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,11 @@ class RunWriter:
         _keep_lines_up_to(self.path, last_kept, and_evaluation=first_step < steps)
         self._lines = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_kept + 1)
-        self._bar = tqdm(total=steps, initial=first_step, unit=" steps", dynamic_ncols=True, desc="training")
+        self._steps, self._first_step = steps, first_step
+
+    @cached_property
+    def _bar(self) -> Any:
+        return tqdm(total=self._steps, initial=self._first_step, unit=" steps", dynamic_ncols=True, desc="training")
 
     def __enter__(self) -> "RunWriter":
         return self
@@ -31,13 +36,22 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        if "_bar" in vars(self):
+            self._bar.close()
         self._lines.close()
         self._board.close()
 
     def advance(self) -> None:
         """One optimizer step is done."""
         self._bar.update()
+
+    def start_clock(self) -> None:
+        """Show the bar; or leave what was not training (an evaluation, a save) out of its times."""
+        self._bar.unpause()
+
+    def end_bar(self) -> None:
+        """Leave the bar's last state on the console, and end its line."""
+        self._bar.close()
 
     def training(self, record: dict[str, Any]) -> None:
         """One logged step: a line, curves under train/, and the bar's figures."""
@@ -71,8 +85,7 @@ class RunWriter:
         self._board.add_hparams(plain, results, run_name=".")
 
     def finish(self) -> None:
-        """End the bar and bring every curve to disk."""
-        self._bar.close()
+        """Bring every curve to disk."""
         self._board.flush()
 
     def _write_line(self, record: dict[str, Any]) -> None:

@@ -19,7 +19,8 @@ from distilcb.config import (
     accumulation_steps,
     cache_folder,
 )
-from distilcb.data.blocks import Blocks, BlockSource, check_fits
+from distilcb.data.blocks import Blocks, BlockSource, check_fits, is_prepared
+from distilcb.data.corpus import find_sources
 from distilcb.data.loader import Batch, Cut, HeldoutBatches, MicroBatches, training_batches
 from distilcb.data.masking import Masking
 from distilcb.data.order import Order
@@ -32,7 +33,7 @@ from distilcb.engine.operators import FUSED_ADAM
 from distilcb.engine.optimizer import build_optimizer
 from distilcb.engine.step_module import StepModule
 from distilcb.engine.stepper import Stepper
-from distilcb.errors import ConfigError
+from distilcb.errors import ConfigError, ModelError
 from distilcb.export.hugging_face import save_recipe_of_model
 from distilcb.launcher import World
 from distilcb.losses.triplet import Counts
@@ -128,6 +129,9 @@ def build(command: CommandLine) -> Run | None:
     The run folder is made once models and text are known to fit, so that a mistake leaves nothing behind.
     """
     config, folder = command.config, RunFolder(command.run_dir)
+    for names in (config.data.train, config.data.heldout):
+        if not all(is_prepared(Path(name).expanduser()) for name in names):
+            find_sources(names)  # what stands for nothing is told before a model is loaded
     place = take_place(config)
     state = on_main(lambda: folder.look(command))
     if state is RunState.DONE:
@@ -282,12 +286,29 @@ def _check_models(config: Config, built: Models) -> None:
         ours, theirs = student.config, teacher.model.config
         if ours.vocab_size != theirs.vocab_size:
             faults.append(f"student's vocab_size {ours.vocab_size}, teacher's {theirs.vocab_size}: they must be equal.")
+        if config.data.tokenizer and (other := _other_tokenizer(config, tokenizer)):
+            faults.append(other)
         if ours.hidden_size != theirs.hidden_size and config.loss.cos:
             faults.append(
                 f"student's hidden_size {ours.hidden_size}, teacher's {theirs.hidden_size}: loss.cos must be 0."
             )
     if faults:
         raise ConfigError("\n  ".join(faults))
+
+
+def _other_tokenizer(config: Config, tokenizer: TextTokenizer) -> str | None:
+    """What is wrong where data.tokenizer gives other ids than the teacher's own; a teacher may come without one."""
+    assert config.teacher.model is not None
+    try:
+        own = TextTokenizer(config.teacher.model)
+    except ModelError:
+        return None
+    if own.vocabulary.fingerprint == tokenizer.vocabulary.fingerprint:
+        return None
+    return (
+        f"data.tokenizer {tokenizer.folder} gives other ids than the tokenizer of teacher {config.teacher.model}, "
+        "which would read another text. Leave data.tokenizer out."
+    )
 
 
 def _open_text(config: Config, tokenizer: TextTokenizer, world: World) -> tuple[Blocks, Blocks | None]:

@@ -13,6 +13,7 @@ from distilcb.export.model_card import CardFacts
 from distilcb.train.run_folder import RunFolder
 
 _SECTIONS = ("loss", "masking", "optim", "student")
+_MAY_BE_PATHS = ("student.init", "student.config")
 
 
 def export_run(run_dir: Path, *, step: int | None, output: Path) -> Path:
@@ -41,13 +42,22 @@ def write_student(
     """Export a run's checkpoint with a model card that holds `heldout`, as in summary.json; empty: no table."""
     facts = CardFacts(
         name=folder.path.name,
-        teacher=config.teacher.model,
+        teacher=_public_name(config.teacher.model),
         steps=checkpoint.step,
         tokens=checkpoint.step * config.optim.global_batch * config.data.seq_len,
         table=as_markdown(heldout_rows(heldout)) if heldout else "",
-        settings={n: v for n, v in flatten(config).items() if n.split(".")[0] in _SECTIONS},
+        settings={
+            name: _public_name(value) if name in _MAY_BE_PATHS else value
+            for name, value in flatten(config).items()
+            if name.split(".")[0] in _SECTIONS
+        },
     )
     return export_checkpoint(checkpoint.path, folder.model, output, facts)
+
+
+def _public_name(model: str | None) -> str | None:
+    """A hub name as it is, of a path the last part: a card is read elsewhere."""
+    return Path(model).name if model and Path(model).expanduser().exists() else model
 
 
 def _find(folder: RunFolder, step: int | None) -> Checkpoint:

@@ -1,5 +1,6 @@
 """The training loop, and what follows its last step."""
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from distilcb.monitor.writers import RunWriter
 from distilcb.train.build import Run
 from distilcb.train.export import write_student
 
+log = logging.getLogger(__name__)
+
 # Maskings of an evaluation within the run; those at the start and the end take train.eval_maskings.
 _QUICK_MASKINGS = 2
 
@@ -32,6 +35,8 @@ def train(run: Run) -> None:
             writer = stack.enter_context(RunWriter(run.folder.path, steps=steps, first_step=run.progress.step))
         if run.progress.step == 0:
             _look_before_first_step(run, writer)
+        if writer:
+            writer.start_clock()
         window = Window(len(TERMS), run.place.device)
         for step in range(run.progress.step, steps):
             result = run.stepper.step(step, run.batches)
@@ -42,10 +47,13 @@ def train(run: Run) -> None:
             saving = _due(step + 1, run.config.train.save_every, steps)
             if saving or _due(step + 1, run.config.train.log_every, steps):
                 window = _log(run, writer, window, result)  # it also refuses to save what is not finite
-            if _due(step + 1, run.config.train.eval_every) and step + 1 < steps:
+            looking = _due(step + 1, run.config.train.eval_every) and step + 1 < steps
+            if looking:
                 window.pause(_timed(_look_in_between, run, writer))
             if saving:
                 window.pause(_timed(_save, run))
+            if writer and (looking or saving):
+                writer.start_clock()
         _finish(run, writer)
 
 
@@ -110,6 +118,7 @@ def _evaluate(run: Run, heldout: HeldoutBatches, maskings: int) -> dict[str, Any
 
 def _look_before_first_step(run: Run, writer: RunWriter | None) -> None:
     if run.heldout:
+        log.info("evaluating on held-out text, before the first step")
         figures = _evaluate(run, run.heldout, run.config.train.eval_maskings)
         run.progress.heldout = {"student_start": figures["student"]}
         if "teacher" in figures:
@@ -146,7 +155,10 @@ def _save(run: Run) -> None:
 def _finish(run: Run, writer: RunWriter | None) -> None:
     """Final figures, the exported student, summary.json, DONE, and the console's last screen."""
     heldout = dict(run.progress.heldout or {})
+    if writer:
+        writer.end_bar()
     if run.heldout:
+        log.info("evaluating on held-out text, after the last step")
         figures = _evaluate(run, run.heldout, run.config.train.eval_maskings)
         heldout["student"] = figures["student"]
     summary = {"heldout": heldout, "train": _train_summary(run)}

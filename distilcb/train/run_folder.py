@@ -134,7 +134,9 @@ def provenance(command: CommandLine, world_size: int) -> dict[str, Any]:
     libraries |= {"transformers": transformers, "datasets": datasets}
     return {
         "recipe": str(command.recipe),
-        "command_line": shlex.join(command.words),
+        "command_line": shlex.join(
+            ["launch/train.py", *(word for word in command.words if not word.startswith("--local_rank"))]
+        ),
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version()}
         | {name: str(module.__version__) for name, module in libraries.items()},
@@ -155,6 +157,6 @@ def _git_commit() -> str | None:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.SubprocessError):
         return None

@@ -120,7 +120,7 @@ def test_config_yaml_says_what_was_run_and_with_what(finished, commands):
     words = ["--run_dir", str(finished), *commands.small]
     assert flatten(document) == flatten(to_plain(parse_command_line(words).config))
     assert provenance["recipe"] == str(REPOSITORY / "recipes" / "mini.yaml")
-    assert provenance["command_line"] == " ".join(words)
+    assert provenance["command_line"] == " ".join(["launch/train.py", *words])
     assert {"python", "torch", "deepspeed", "transformers", "distilcb"} <= provenance["versions"].keys()
     if (REPOSITORY / ".git").exists():
         assert len(provenance["git_commit"].split("+")[0]) == 40

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from launcher_environments import BATCH_SHELL, OPENMPI, SRUN, TORCHRUN
+from torch.utils.cpp_extension import get_default_build_root
 
 from distilcb import distributed
 from distilcb.distributed import configure_logging, is_main_process
@@ -79,6 +80,17 @@ def test_threads_that_the_user_chose_are_left_alone(environ_of_nobody):
     environ_of_nobody.setattr(torch, "set_num_threads", chosen.append)
     distributed._size_cpu_threads(World("env", 0, 2, 0, 2, "node1", 12345))
     assert chosen == []
+
+
+@pytest.mark.parametrize("cache", [None, "/somewhere/cache"])
+def test_compiled_operators_are_looked_for_where_torch_puts_them(environ_of_nobody, cache):
+    environ_of_nobody.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    environ_of_nobody.delenv("XDG_CACHE_HOME", raising=False)
+    if cache:
+        environ_of_nobody.setenv("XDG_CACHE_HOME", cache)
+    assert distributed.compiled_operators_folder() == Path(get_default_build_root())
+    environ_of_nobody.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
+    assert distributed.compiled_operators_folder() == Path("/elsewhere")
 
 
 def _page_faults_of_a_repeated_tensor(environ: dict[str, str]) -> int:

@@ -1,6 +1,5 @@
 """The learning rate by hand, and which weights decay."""
 
-import logging
 import math
 import sys
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from torch import nn
 
 from distilcb.config import OptimConfig
 from distilcb.engine.optimizer import build_optimizer, learning_rate, parameter_groups, warmup_steps
+from distilcb.errors import LaunchError
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -120,22 +120,24 @@ def no_compiler(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", SimpleNamespace(FusedAdam=fail))
 
 
-def test_without_a_compiler_torchs_adamw_takes_over_and_says_so(no_compiler, caplog):
-    optim = OptimConfig(lr=1e-3, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1)
-    with caplog.at_level(logging.WARNING):
-        optimizer = build_optimizer(Encoder(), optim)
+def test_without_a_compiler_the_fused_adam_is_refused_with_what_is_needed(no_compiler):
+    with pytest.raises(LaunchError, match=r"\(ninja is missing\).*C\+\+ compiler.*--optim\.name adamw_torch\.$"):
+        build_optimizer(Encoder(), OptimConfig())
+
+
+def test_torchs_adamw_is_there_for_the_asking_and_needs_no_compiler(no_compiler):
+    optim = OptimConfig(name="adamw_torch", lr=1e-3, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1)
+    optimizer = build_optimizer(Encoder(), optim)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     for group in optimizer.param_groups:
         assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.8, 0.9), 1e-7)
-    assert "ninja is missing" in caplog.text
-    assert "much more" not in caplog.text
 
 
 def test_a_step_without_gradient_shrinks_matrices_only(no_compiler):
     model = Encoder()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    optimizer = build_optimizer(model, OptimConfig(name="adamw_torch", lr=0.1, weight_decay=0.5))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
