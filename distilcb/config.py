@@ -389,10 +389,15 @@ def _unknown_options(unknown: Sequence[str]) -> list[str]:
 
 
 def _with_nearest(name: str, names: Sequence[str]) -> str:
-    # the right name in the wrong section, or without one
-    near = [candidate for candidate in names if candidate.split(".")[-1] == name.split(".")[-1]]
-    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"{name}: did you mean {near[0]}?" if near else f"{name}: --help lists every one"
+    """`name` and what may have been meant: the same word elsewhere, a like one, or all that its section has."""
+    section, _, word = name.rpartition(".")
+    inside = {each.rpartition(".")[2]: each for each in names if each.rpartition(".")[0] == section}
+    near = [each for each in names if each.rpartition(".")[2] == word]
+    near = near or [inside[each] for each in difflib.get_close_matches(word, list(inside), n=1, cutoff=0.5)]
+    near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    if near:
+        return f"{name}: did you mean {near[0]}?"
+    return f"{name}: {section} has {', '.join(inside)}" if section and inside else f"{name}: --help lists every one"
 
 
 def _read_recipe(path: Path, faults: list[str]) -> dict[str, Any]:

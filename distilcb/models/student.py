@@ -30,7 +30,10 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
     if student.dropout is not None:
         family.set_dropout(config, student.dropout)
     if config.vocab_size < vocab_size:
-        raise ConfigError(f"student: vocab_size {config.vocab_size}, but the tokenizer has {vocab_size} tokens.")
+        raise ConfigError(
+            f"student: vocab_size {config.vocab_size}, but the tokenizer has {vocab_size} tokens, so it is not "
+            "this model's. Leave data.tokenizer out, or mend student.config."
+        )
     model = _random_model(config, seed)
     if source is not None:
         _refuse_other_shape(source.config, config)

@@ -6,43 +6,55 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distilcb.config import CommandLine, Config, accumulation_steps
 from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import training_batches
 from distilcb.distributed import all_reduce_sum, barrier, on_main
 from distilcb.engine.checkpoint import write_durably
+from distilcb.errors import ConfigError
 from distilcb.losses.triplet import TERMS, active_terms, divisors
 from distilcb.monitor.metrics import peak_memory_bytes
 from distilcb.train.build import Models, Place, build_models, take_place, wire_stepper
 
-# The first step warms up; the others are timed.
-_STEPS = 3
-_ACCUMULATION = 2
+# Micro-batches a rank in each step: one to warm up, then two of different length, whose difference tells what the
+# micro-batches take and what the optimizer.
+_ACCUMULATIONS = (2, 2, 6)
 
 
 def dry_run(command: CommandLine) -> dict[str, Any]:
-    """Take steps of two micro-batches a rank with the real stepper and engine; print and write what they cost.
+    """Take a few short steps with the real stepper and engine; print and write what a whole one costs.
 
     The report goes to <run_dir>.dry_run.json; the run folder itself is not touched.
+
+    Raises:
+        ConfigError: a micro-batch that the GPU cannot hold.
     """
     config = command.config
     place = take_place(config)
     accumulation = accumulation_steps(config.optim, place.world.size)
     models = build_models(config, place)
     short = _shortened(config, place)
-    size = short.optim.global_batch
-    blocks = RandomBlocks(models.tokenizer.vocabulary, seq_len=config.data.seq_len, blocks=_STEPS * size)
-    engine, stepper, micro_batches, counts = wire_stepper(short, place, models, blocks)
-    batches = training_batches(micro_batches, first_step=0, last_step=_STEPS, workers=0, pin_memory=False)
-    seconds, terms = [], []
-    for step in range(_STEPS):
-        barrier()
-        started = time.perf_counter()
-        sums = all_reduce_sum(stepper.step(step, batches).sums).tolist()  # reading them waits for the device
-        seconds.append(time.perf_counter() - started)
-        by = divisors(config.loss, counts)
-        terms.append({t: total / by[t] for t, total in zip(TERMS, sums, strict=True) if t in active_terms(config.loss)})
-    micro_seconds = min(seconds[1:]) / _ACCUMULATION
+    words = RandomBlocks(models.tokenizer.vocabulary, seq_len=config.data.seq_len, blocks=sum(_ACCUMULATIONS) * 64)
+    engine, stepper, micro_batches, counts = wire_stepper(short, place, models, words)
+    batches = training_batches(micro_batches, first_step=0, last_step=sum(_ACCUMULATIONS), workers=0, pin_memory=False)
+    seconds, sums = [], []
+    try:
+        for step, micros in enumerate(_ACCUMULATIONS):
+            stepper.cut = replace(stepper.cut, global_batch=config.optim.micro_batch * place.world.size * micros)
+            barrier()
+            started = time.perf_counter()
+            sums.append(all_reduce_sum(stepper.step(step, batches).sums).tolist())  # reading them waits for the device
+            seconds.append(time.perf_counter() - started)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ConfigError(
+            f"optim.micro_batch={config.optim.micro_batch} sequences of {config.data.seq_len} tokens: the GPU's memory "
+            f"does not hold them. Try --optim.micro_batch {max(1, config.optim.micro_batch // 2)}."
+        ) from error
+    by = divisors(config.loss, counts)
+    seconds_per_step = _whole_step(seconds, accumulation)
+    hours = seconds_per_step * config.train.steps / 3600
     report = {
         "world_size": place.world.size,
         "precision": place.precision,
@@ -50,10 +62,16 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
         "accumulation": accumulation,
         "global_batch": config.optim.global_batch,
         "seq_len": config.data.seq_len,
-        "loss_at_start": terms[0],
-        "seconds_per_step": micro_seconds * accumulation,
-        "tokens_per_second": config.optim.global_batch * config.data.seq_len / (micro_seconds * accumulation),
-        "projected_hours": micro_seconds * accumulation * config.train.steps / 3600,
+        "steps": config.train.steps,
+        "seconds_per_step": seconds_per_step,
+        "tokens_per_second": config.optim.global_batch * config.data.seq_len / seconds_per_step,
+        "projected_hours": hours,
+        "projected_device_hours": hours * place.world.size,
+        "loss_at_start": {
+            term: total / by[term]
+            for term, total in zip(TERMS, sums[0], strict=True)
+            if term in active_terms(config.loss)
+        },
         "memory_bytes": _memory(models, engine, place),
     }
     path = command.run_dir.with_name(f"{command.run_dir.name}.dry_run.json")
@@ -61,9 +79,18 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
     return report
 
 
+def _whole_step(seconds: list[float], accumulation: int) -> float:
+    """The time of a step of `accumulation` micro-batches, from those of the short steps."""
+    _warm_up, few, many = seconds
+    more = _ACCUMULATIONS[2] - _ACCUMULATIONS[1]
+    micro = (many - few) / more if many > few else few / _ACCUMULATIONS[1]
+    optimizer = max(0.0, few - _ACCUMULATIONS[1] * micro)
+    return optimizer + accumulation * micro
+
+
 def _shortened(config: Config, place: Place) -> Config:
-    """The same run with as many sequences a step as two micro-batches a rank hold."""
-    size = config.optim.micro_batch * place.world.size * _ACCUMULATION
+    """The same run with as many sequences a step as the first short one takes."""
+    size = config.optim.micro_batch * place.world.size * _ACCUMULATIONS[0]
     return replace(config, optim=replace(config.optim, global_batch=size))
 
 

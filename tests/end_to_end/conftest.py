@@ -46,13 +46,22 @@ class Commands:
         """Options for held-out text and cache."""
         return ["--data.heldout", f"{self.text}/heldout", "--data.cache", str(self.cache)]
 
-    def python(self, program: str, *words: object) -> subprocess.CompletedProcess[str]:
+    def python(
+        self, program: str, *words: object, environ: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """`python launch/PROGRAM.py words`, ended."""
-        return _end(start([sys.executable, f"launch/{program}.py", *words]))
+        return _end(start([sys.executable, f"launch/{program}.py", *words], environ))
 
-    def deepspeed(self, ranks: int, program: str, *words: object) -> subprocess.CompletedProcess[str]:
+    def python_with_small_files(self, kilobytes: int, program: str, *words: object) -> subprocess.CompletedProcess[str]:
+        """The same, where no file may grow over a size: what a full disk does, to one program."""
+        shell = f'ulimit -f {kilobytes}; exec "$@"'
+        return _end(start(["bash", "-c", shell, "bash", sys.executable, f"launch/{program}.py", *words]))
+
+    def deepspeed(
+        self, ranks: int, program: str, *words: object, port: int | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """`deepspeed --num_gpus RANKS launch/PROGRAM.py words`, ended."""
-        return _end(start(_deepspeed(ranks, program, words)))
+        return _end(start(_deepspeed(ranks, program, words, port)))
 
     def train_until_killed(self, run_dir: Path, *words: object, after_step: int, ranks: int = 1) -> None:
         """Train and kill every process once a step is in metrics.jsonl."""
@@ -72,11 +81,13 @@ class Commands:
         assert not (run_dir / "DONE").exists(), "it was done before it could be killed"
 
 
-def start(words: list[Any]) -> subprocess.Popen[str]:
+def start(words: list[Any], environ: dict[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         list(map(str, words)),
         cwd=REPOSITORY,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        | (environ or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,10 +95,11 @@ def start(words: list[Any]) -> subprocess.Popen[str]:
     )
 
 
-def _deepspeed(ranks: int, program: str, words: tuple[object, ...]) -> list[object]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _deepspeed(ranks: int, program: str, words: tuple[object, ...], port: int | None = None) -> list[object]:
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     launcher = Path(sys.executable).with_name("deepspeed")
     return [launcher, "--num_gpus", ranks, "--master_port", port, f"launch/{program}.py", *words]
 

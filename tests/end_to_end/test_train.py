@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from refusal import assert_refused
 
 from distilcb.config import REPOSITORY, flatten, parse_command_line, to_plain
 
@@ -69,15 +70,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 def weights(run_dir: Path) -> bytes:
     return (run_dir / "student" / "model.safetensors").read_bytes()
-
-
-def assert_refused(ended: Any, *parts: str) -> None:
-    """One message with these parts, exit code 2, no traceback."""
-    assert ended.returncode == 2, ended.stdout + ended.stderr
-    assert "Traceback" not in ended.stdout + ended.stderr
-    assert ended.stderr.count("Error: ") == 1
-    for part in parts:
-        assert part in ended.stderr
 
 
 def test_a_twice_killed_and_resumed_run_equals_an_undisturbed_one(finished, interrupted, metrics):
@@ -295,37 +287,3 @@ def test_a_student_trains_on_masked_words_alone(afresh, finished, metrics):
     assert heldout["student_start"]["mlm_loss"] == pytest.approx(before["mlm_loss"], rel=1e-5)
     config = json.loads((run_dir / "student" / "config.json").read_text())
     assert config["num_hidden_layers"] == 6  # of the folder that it continued from, not half of them
-
-
-MISTAKES = {
-    "a misspelt option": (["--optim.learning_rate", "1"], ["--optim.learning_rate", "did you mean"]),
-    "a value that is none": (["--optim.lr", "fast"], ["optim.lr"]),
-    "several at once": (["--optim.lr", "-1", "--data.seq_len", "2"], ["2 faults", "optim.lr", "data.seq_len"]),
-    "a recipe that is not there": (["--recipe", "recipes/none.yaml"], ["recipes/none.yaml"]),
-    "a batch that cannot be cut": (["--optim.micro_batch", "3"], ["optim.micro_batch=3", "6 or 9"]),
-    "fp16 without a GPU": (["--deepspeed", "zero2_fp16"], ["fp16 needs a CUDA device"]),
-    "text that is not there": (["--data.train", "no/such/text"], ["no/such/text", "does not exist"]),
-    "a teacher that is not there": (["--teacher.model", "./no_teacher"], ["./no_teacher", "does not exist"]),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_with_one_message_and_leaves_no_run_folder(commands, tmp_path, mistake):
-    words, parts = MISTAKES[mistake]
-    ended = commands.python("train", "--run_dir", tmp_path / "run", *commands.small, *words)
-    assert_refused(ended, *parts)
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_of_other_files_is_not_taken_for_a_run(commands, tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    ended = commands.python("train", "--run_dir", tmp_path, *commands.small)
-    assert_refused(ended, str(tmp_path), "--run_dir")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_a_mistake_on_two_ranks_is_told_once(commands, tmp_path):
-    ended = commands.deepspeed(2, "train", "--run_dir", tmp_path / "run", *commands.small, "--optim.lr", "-1")
-    assert ended.returncode == 2
-    assert (ended.stdout + ended.stderr).count("ConfigError") == 1
-    assert "Traceback (most recent call last)" not in ended.stderr
