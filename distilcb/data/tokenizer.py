@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,10 @@ from distilcb.hub import first_line, model_folder
 
 # Tokenized into the fingerprint, so that two tokenizers with one vocabulary but other rules are told apart.
 _PROBE = "Où l'été naît-il ? À Noël, 1 234,50 € — «ÇA», co-\u00a0œuvre\u200b ﬁn x²!"
+
+# A tokenizer needs a hundred times the memory of its text, so a line of 50 MB goes in parts, and not all at once.
+_PIECE_CHARACTERS = 50_000
+_BATCH_PIECES = 512
 
 # Places that no text fills, in the vocabularies of CamemBERT ("<s>NOTUSED"), RoBERTa and BERT.
 _UNUSED = re.compile(r".*NOTUSED|madeupword\d+|\[unused\w*\]")
@@ -77,10 +82,27 @@ class TextTokenizer:
         A special token that is spelled out in the text ("<mask>") is broken up, so that it stays text. One that the
         tokenizer's normaliser spells ("＜mask＞" in full-width signs) is left out.
         """
-        documents = [self._as_text(document) for document in documents]
-        encoded = self.hugging_face(documents, add_special_tokens=False, verbose=False)["input_ids"]
+        ids: list[list[int]] = [[] for _ in documents]
+        owners: list[int] = []
+        pieces: list[str] = []
+        for number, document in enumerate(documents):
+            for piece in cut_at_spaces(self._as_text(document), longest=_PIECE_CHARACTERS):
+                owners.append(number)
+                pieces.append(piece)
+                if len(pieces) == _BATCH_PIECES:
+                    self._encode_pieces(pieces, owners, ids)
+                    owners, pieces = [], []
+        self._encode_pieces(pieces, owners, ids)
+        return ids
+
+    def _encode_pieces(self, pieces: list[str], owners: list[int], ids: list[list[int]]) -> None:
+        """Append each piece's ids to its document's."""
+        if not pieces:
+            return
         never = self._never_text
-        return [ids if never.isdisjoint(ids) else [i for i in ids if i not in never] for ids in encoded]
+        encoded = self.hugging_face(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        for number, found in zip(owners, encoded, strict=True):
+            ids[number] += found if never.isdisjoint(found) else [i for i in found if i not in never]
 
     def _as_text(self, document: str) -> str:
         for token in self._spelled_tokens:
@@ -95,6 +117,17 @@ class TextTokenizer:
     @cached_property
     def _spelled_tokens(self) -> tuple[str, ...]:
         return tuple(token for token in self.hugging_face.all_special_tokens if len(token) > 1)
+
+
+def cut_at_spaces(text: str, *, longest: int) -> Iterator[str]:
+    """`text` in parts of at most `longest` characters, cut before a space where there is one."""
+    start = 0
+    while len(text) - start > longest:
+        space = text.rfind(" ", start + 1, start + longest + 1)
+        end = space if space > 0 else start + longest
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def load_tokenizer(folder: str) -> Any:

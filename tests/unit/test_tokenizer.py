@@ -1,5 +1,6 @@
 """Tokenizers: what the data needs to know of them, and text that cannot pass for special tokens."""
 
+import itertools
 import json
 import shutil
 import unicodedata
@@ -10,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from distilcb.config import REPOSITORY
-from distilcb.data.tokenizer import TextTokenizer, load_tokenizer
+from distilcb.data import tokenizer as tokenizer_module
+from distilcb.data.tokenizer import TextTokenizer, cut_at_spaces, load_tokenizer
 from distilcb.errors import ModelError
 
 TEACHER = REPOSITORY / "recipes/mini/teacher"
@@ -77,6 +79,29 @@ def test_text_is_encoded_as_the_tokenizer_does_without_separators(teacher):
     assert not set(np.concatenate(teacher.encode(FRENCH)).tolist()) & set(teacher.vocabulary.special_ids.tolist()) - {
         plain.unk_token_id
     }
+
+
+@pytest.mark.parametrize("text", ["", "a", " ", "un deux trois quatre", "x" * 25, "deux mots" + "y" * 30 + " fin"])
+@pytest.mark.parametrize("longest", [1, 7, 10, 1000])
+def test_parts_of_a_text_join_to_it_and_are_cut_at_spaces(text, longest):
+    parts = list(cut_at_spaces(text, longest=longest))
+    assert "".join(parts) == text
+    assert all(len(part) <= longest for part in parts)
+    for part, following in itertools.pairwise(parts):
+        assert following.startswith(" ") or " " not in part[1:], (part, following)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level", "wordpiece"])
+def test_a_long_document_gives_the_ids_that_it_would_give_uncut(teacher, tmp_path, monkeypatch, kind):
+    if kind == "byte level":
+        teacher = byte_level(tmp_path)
+    elif kind == "wordpiece":
+        teacher = wordpiece(tmp_path, ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "Un", "autre", ".", "1", "234", ",", "50"])
+    document = " ".join(["L'été, à Noël : « Où va-t-il ? » 1 234,50 €."] * 400)
+    whole = teacher.encode([document, "Un autre."])
+    monkeypatch.setattr(tokenizer_module, "_PIECE_CHARACTERS", 100)
+    monkeypatch.setattr(tokenizer_module, "_BATCH_PIECES", 3)
+    assert teacher.encode([document, "Un autre."]) == whole
 
 
 def test_decoding_gives_back_the_text(teacher):
