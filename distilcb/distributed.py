@@ -78,12 +78,23 @@ def compiled_operators_folder() -> Path:
 
 
 def is_compiled(operator: str) -> bool:
-    """Whether torch has compiled an operator, such as fused_adam, for this Python."""
+    """Whether torch has compiled an operator, such as fused_adam, for this Python and for what ranks here use.
+
+    A CPU's and a GPU's fused_adam go by one name and lie in one place.
+    """
     folder = compiled_operators_folder()
-    if not os.environ.get("TORCH_EXTENSIONS_DIR"):  # torch keeps Pythons apart only in its own folder
-        folders = folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*")
-        return any((each / operator / f"{operator}.so").is_file() for each in folders)
-    return (folder / operator / f"{operator}.so").is_file()
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        builds = [folder / operator]
+    else:  # torch keeps Pythons apart only in its own folder
+        builds = [each / operator for each in folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*")]
+    return any((build / f"{operator}.so").is_file() and _is_for_gpus(build) == uses_cuda() for build in builds)
+
+
+def _is_for_gpus(build: Path) -> bool:
+    try:
+        return "nvcc" in (build / "build.ninja").read_text(encoding="utf-8")
+    except OSError:
+        return False
 
 
 def stop() -> None:

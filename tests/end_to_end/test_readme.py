@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from distilcb.config import REPOSITORY
+from distilcb.config import REPOSITORY, parse_command_line
+from distilcb.distributed import compiled_operators_folder
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SHORT = ["--train.steps", "2", "--train.eval_maskings", "2", "--train.eval_every", "0"]
@@ -33,6 +34,9 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     for name in ("launch", "recipes", "ds_configs", "Makefile", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(REPOSITORY / name)
+    (folder / "cache").mkdir()
+    if not os.environ.get("TORCH_EXTENSIONS_DIR"):  # torch keeps what it compiles under XDG_CACHE_HOME too
+        (folder / "cache" / "torch_extensions").symlink_to(compiled_operators_folder())
     text = REPOSITORY / "recipes" / "mini" / "text"
     (folder / "my_text.txt").write_bytes((text / "train" / "lettres.txt").read_bytes())
     (folder / "my_heldout.txt").write_bytes((text / "heldout" / "lettres.txt").read_bytes())
@@ -45,7 +49,6 @@ def run(words, folder):
         "PATH": own + os.pathsep + os.environ["PATH"],
         "XDG_CACHE_HOME": str(folder / "cache"),
     }
-    # HOME stays: DeepSpeed's compiled operators are there.
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -110,6 +113,26 @@ def test_the_python_example_runs(folder):
     (folder / "example.py").write_text(example.replace('"20"', '"2"'), encoding="utf-8")
     assert run([sys.executable, "example.py"], folder).strip()
     assert (folder / "runs" / "from_python" / "DONE").exists()
+
+
+GUIDE = (REPOSITORY / "docs" / "distilcamembert.md").read_text(encoding="utf-8")
+
+
+def test_the_clusters_guide_uses_options_that_are_there(tmp_path, monkeypatch):
+    """Its commands need a cluster; that they are understood needs none."""
+    monkeypatch.chdir(REPOSITORY)
+    lines = "\n".join(re.findall(r"```bash\n(.*?)```", GUIDE, flags=re.DOTALL)).replace("$WORK", str(tmp_path))
+    seen = []
+    for words in (shlex.split(line, comments=True) for line in lines.splitlines()):
+        program = next((word for word in words if word.startswith("launch/")), None)
+        if program == "launch/train.py":
+            assert parse_command_line(words[words.index(program) + 1 :]).config.data.seq_len == 512
+        elif program is not None:
+            understood = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=True)
+            options = [word for word in words if word.startswith("--")]
+            assert [option for option in options if option not in understood.stdout] == []
+        seen.append(program)
+    assert {"launch/prepare.py", "launch/train.py", "launch/export.py"} <= set(seen)
 
 
 def test_every_file_that_the_readme_links_to_exists():

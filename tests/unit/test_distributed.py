@@ -93,6 +93,20 @@ def test_compiled_operators_are_looked_for_where_torch_puts_them(environ_of_nobo
     assert distributed.compiled_operators_folder() == Path("/elsewhere")
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_an_operator_built_for_a_cpu_is_none_for_a_gpu(environ_of_nobody, tmp_path, gpu):
+    environ_of_nobody.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    environ_of_nobody.setattr(distributed, "uses_cuda", lambda: gpu)
+    build = tmp_path / "fused_adam"
+    build.mkdir()
+    assert not distributed.is_compiled("fused_adam")
+    (build / "fused_adam.so").touch()
+    (build / "build.ninja").write_text("cxx = c++\n")
+    assert distributed.is_compiled("fused_adam") == (not gpu)
+    (build / "build.ninja").write_text("cxx = c++\nnvcc = /usr/local/cuda/bin/nvcc\n")
+    assert distributed.is_compiled("fused_adam") == gpu
+
+
 def _page_faults_of_a_repeated_tensor(environ: dict[str, str]) -> int:
     """Pages that the kernel hands out while a tensor of 16 MB is made and dropped twenty times, warmed up."""
     code = (
