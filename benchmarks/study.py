@@ -33,6 +33,7 @@ from distilcb.data.masking import Masking
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.engine.checkpoint import write_durably
+from distilcb.errors import DataError, TrainingError
 from distilcb.eval.masked_lm import evaluate
 from distilcb.eval.report import as_console, as_markdown
 from distilcb.models.loading import load_masked_lm
@@ -52,7 +53,7 @@ _MASKINGS = 4
 _SAMPLE_EVERY = 10
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train", required=True, help="text to train on")
     parser.add_argument("--heldout", required=True, help="text to evaluate on, a document a line")
@@ -61,8 +62,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--report", type=Path, help="Markdown file to write; its figures go beside it as .json")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     options.runs.mkdir(parents=True, exist_ok=True)
+    if options.report:
+        options.report.parent.mkdir(parents=True, exist_ok=True)
     texts = Texts(options)
     for seed in range(options.seeds):  # seeds outside, so that a study stopped early compares like with like
         for name, settings in STUDENTS.items():
@@ -90,7 +93,9 @@ def train(folder: Path, settings: Sequence[str], seed: int, options: argparse.Na
     words += ["--data.train", options.train, "--data.heldout", str(sample), "--train.steps", str(options.steps)]
     words += ["--train.eval_every", str(max(1, options.steps // 10)), "--train.save_every", "50"]
     print(f"--- {folder.name}", flush=True)
-    subprocess.run([sys.executable, str(REPOSITORY / "launch" / "train.py"), *words], check=True)
+    done = subprocess.run([sys.executable, str(REPOSITORY / "launch" / "train.py"), *words], check=False)
+    if done.returncode:
+        raise TrainingError(f"{folder} ended with {done.returncode}; what it said stands above")
 
 
 class Texts:
@@ -108,16 +113,17 @@ class Texts:
         documents = list(read_documents(Path(options.heldout), text_field="text", damage=Damage()))
         sources = _sources(Path(options.sources)) if options.sources else ["all"] * len(documents)
         if len(documents) != len(sources):
-            raise SystemExit(f"{len(documents)} documents in {options.heldout}, {len(sources)} lines in --sources")
+            raise DataError(f"{len(documents)} documents in {options.heldout}, {len(sources)} lines in --sources")
         folder = options.runs / "heldout"
         folder.mkdir(parents=True, exist_ok=True)
         self.sample = _write(folder / "sample.txt", documents[::_SAMPLE_EVERY])
-        self.blocks = {
-            source: self._open(
-                _write(folder / f"{source}.txt", [d for d, s in zip(documents, sources, strict=True) if s == source])
-            )
-            for source in dict.fromkeys(sources)
-        }
+        self.blocks: dict[str, Blocks] = {}
+        for number, source in enumerate(dict.fromkeys(sources)):
+            own = [document for document, its in zip(documents, sources, strict=True) if its == source]
+            try:
+                self.blocks[source] = self._open(_write(folder / f"source_{number}.txt", own))
+            except DataError as error:
+                print(f"{source} is left out: {error}")
 
     def _open(self, path: Path) -> Blocks:
         cache = cache_folder(DataConfig())
@@ -148,7 +154,7 @@ def kept_figures(folder: Path, texts: Texts) -> dict[str, Any]:
     """The held-out figures of a finished run by source, made once and kept in its folder; in fp32, as exported."""
     kept = folder / "by_source.json"
     figures: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
-    contents = {source: blocks.description.content for source, blocks in texts.blocks.items()}
+    contents = {source: f"{blocks.description.content} x {_MASKINGS}" for source, blocks in texts.blocks.items()}
     if missing := [s for s, content in contents.items() if figures.get(s, {}).get("content") != content]:
         print(f"--- evaluating {folder.name}", flush=True)
         student = load_masked_lm(str(folder / "student"), dtype=torch.float32)
@@ -222,5 +228,4 @@ def spread(values: Sequence[float], figure: str) -> str:
 
 
 if __name__ == "__main__":
-    distributed.use_own_tools()
-    main()
+    sys.exit(distributed.exit_code(main))

@@ -71,7 +71,8 @@ class StudentConfig:
 @section
 class DataConfig:
     train: Paths = ()
-    """prepared folder, or text to prepare first: files, folders, globs (.txt .jsonl .parquet, also .gz .xz .zst)"""
+    """prepared folder, or text to prepare first: files, folders, globs (.txt .jsonl .parquet, also .gz .xz .zst), \
+hub:NAME:CONFIG:SPLIT"""
     heldout: Paths = ()
     """the same, for evaluation; empty: no evaluation"""
     seq_len: Annotated[int, Field(ge=8)] = 512

@@ -61,40 +61,35 @@ def start(*, use_mpi: bool = False, timeout_minutes: float = 30) -> World:
 
 
 def use_own_tools() -> None:
-    """Put this Python's folder first on PATH: DeepSpeed compiles with the `ninja` it finds there.
+    """Let DeepSpeed compile with this environment's `ninja`, and keep what it compiles in this environment.
 
-    Without it an environment that is not activated has none, or another one, for which all is compiled again.
+    Where two environments share a folder, or a CPU and a GPU of one, each start compiles anew what the other has left.
+    TORCH_EXTENSIONS_DIR goes first; an environment that cannot be written to leaves torch its own folder.
     """
     own = str(Path(sys.executable).parent)
     paths = os.environ.get("PATH", os.defpath).split(os.pathsep)
     if paths[0] != own:
         os.environ["PATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])
+    if not os.environ.get("TORCH_EXTENSIONS_DIR") and os.access(sys.prefix, os.W_OK):
+        kind = "cuda" if uses_cuda() else "cpu"
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions" / kind)
 
 
 def compiled_operators_folder() -> Path:
-    """Where torch keeps the operators that it compiles."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions")
+    """Where torch keeps the operators that it compiles, once `use_own_tools` has been called."""
+    if own := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(own)
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(get_default_build_root())
 
 
 def is_compiled(operator: str) -> bool:
-    """Whether torch has compiled an operator, such as fused_adam, for this Python and for what ranks here use.
-
-    A CPU's and a GPU's fused_adam go by one name and lie in one place.
-    """
+    """Whether torch has compiled an operator, such as fused_adam, for this environment."""
     folder = compiled_operators_folder()
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
-        builds = [folder / operator]
-    else:  # torch keeps Pythons apart only in its own folder
-        builds = [each / operator for each in folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*")]
-    return any((build / f"{operator}.so").is_file() and _is_for_gpus(build) == uses_cuda() for build in builds)
-
-
-def _is_for_gpus(build: Path) -> bool:
-    try:
-        return "nvcc" in (build / "build.ninja").read_text(encoding="utf-8")
-    except OSError:
-        return False
+        return (folder / operator / f"{operator}.so").is_file()
+    return any(folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*/{operator}/{operator}.so"))
 
 
 def stop() -> None:

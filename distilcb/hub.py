@@ -4,6 +4,7 @@ On a machine without network a name is what the hub's cache on disk holds of it 
 """
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +12,59 @@ from distilcb.errors import DataError, ModelError
 
 HUB_PREFIX = "hub:"
 
-_MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]
-_PICKLES = ["pytorch_model*.bin"]
+_DESCRIPTIONS = ("*.json", "*.model", "*.txt")
+_WEIGHTS = ("*.safetensors",)
+_PICKLES = ("pytorch_model*.bin",)
+# huggingface_hub itself waits for ever for a network that swallows what it is sent.
+_HUB_ANSWERS_WITHIN_SECONDS = 15.0
 
 
-def model_folder(name: str, *, what: str = "model", pickle: bool = False) -> Path:
+def model_folder(name: str, *, what: str = "model", weights: bool = True, pickle: bool = False) -> Path:
     """The folder, or file, of a model or tokenizer: `name` itself, or where the hub's files of it lie.
 
     Args:
         name: a path, or a hub name such as almanach/camembert-base.
         what: "model" or "tokenizer", for messages.
-        pickle: fetch pickled weights too.
+        weights: whether a name of the hub is to bring its weights too.
+        pickle: pickled ones as well.
 
     Raises:
         ModelError: no such path; or a hub name that is neither in the cache nor to be had.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError) as error:  # a closed folder of somebody else; the home of nobody
+        raise ModelError(f"{what} {name} cannot be read: {first_line(error)}.") from error
     if name.startswith(("/", ".", "~")) or name.count("/") > 1 or name.endswith(".json"):
         raise ModelError(
             f"{what} folder {name} does not exist. Give the folder of a {what} as save_pretrained writes it, or a hub "
             "name."
         )
-    from huggingface_hub import snapshot_download
-
-    patterns = _MODEL_FILES + (_PICKLES if pickle else [])
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"], etag_timeout=10))
-    except (OSError, ValueError) as error:  # what huggingface_hub and its HTTP client raise are all of these
+        return _from_hub(name, _DESCRIPTIONS + (_WEIGHTS if weights else ()) + (_PICKLES if pickle else ()))
+    except Exception as error:  # of httpx, of the hub's client, of the file system: no common kind
         raise ModelError(
             f"{what} {name}: there is no such folder, and the hub does not give it ({first_line(error)}). Without "
             "network: fetch it where there is one, with `hf download`, and give the local folder."
         ) from error
+
+
+@cache
+def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
+    """The hub's newest files of a model; those that are in the cache where the hub does not answer."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    wanted: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
+    try:
+        HfApi().repo_info(name, timeout=_HUB_ANSWERS_WITHIN_SECONDS)
+        return Path(snapshot_download(name, **wanted))
+    except Exception as error:
+        try:
+            return Path(snapshot_download(name, local_files_only=True, **wanted))
+        except Exception:
+            raise error from None
 
 
 @dataclass(frozen=True)
@@ -62,10 +83,10 @@ class HubDataset:
         """The data set that 'hub:…' names.
 
         Raises:
-            DataError: more parts than three, or no name.
+            DataError: no name.
         """
-        parts = text.removeprefix(HUB_PREFIX).split(":")
-        if not parts[0] or len(parts) > 3:
+        parts = text.removeprefix(HUB_PREFIX).split(":", 2)  # a split may have a colon: train[:10%]
+        if not parts[0]:
             raise DataError(f"{text}: needed hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT.")
         name, config, split = [*parts, "", ""][:3]
         return cls(name, config or None, split or "train")

@@ -9,7 +9,9 @@ from distilcb.distributed import exit_code
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--input", nargs="+", required=True, metavar="NAME", help="files, folders or globs")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, hub:NAME:CONFIG:SPLIT"
+    )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer or model folder, or hub name")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of blocks to write")
     parser.add_argument("--seq_len", type=int, default=512, help="tokens in a block (default: 512)")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from distilcb.errors import DataError
-from distilcb.hub import HUB_PREFIX, HubDataset
+from distilcb.hub import HUB_PREFIX, HubDataset, first_line
 
 Source = Path | HubDataset
 
@@ -42,20 +42,27 @@ def find_sources(names: Sequence[str]) -> list[Source]:
         if name.startswith(HUB_PREFIX):
             found.append(HubDataset.parse(name))
             continue
-        path = Path(name).expanduser()
-        if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
-        elif path.is_file():
-            if not _format(path):
-                raise DataError(f"{name}: not a format that can be read. Needed: {_readable()}.")
-            files = [path]
-        else:
-            files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file() and _format(p))
-        if not files:
-            what = "has no readable file" if path.is_dir() else "does not exist"
-            raise DataError(f"{name} {what}. Needed: a file, folder or glob of {_readable()}.")
-        found += files
+        try:
+            found += _files(name)
+        except (OSError, RuntimeError) as error:  # a closed folder of somebody else; the home of nobody
+            raise DataError(f"{name} cannot be read: {first_line(error)}.") from error
     return list(dict.fromkeys(found))
+
+
+def _files(name: str) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+    elif path.is_file():
+        if not _format(path):
+            raise DataError(f"{name}: not a format that can be read. Needed: {_readable()}.")
+        files = [path]
+    else:
+        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file() and _format(p))
+    if not files:
+        what = "has no readable file" if path.is_dir() else "does not exist"
+        raise DataError(f"{name} {what}. Needed: a file, folder or glob of {_readable()}.")
+    return files
 
 
 def read_documents(source: Source, *, text_field: str, damage: Damage) -> Iterator[str]:

@@ -114,8 +114,8 @@ def prepare_cached(
     The cache goes by content: the bytes of the text, the tokenizer and the options. Every rank may call it; a file
     lock lets one work while the others wait, on one node or on a shared file system.
     """
-    if len(names) == 1 and is_prepared(Path(names[0]).expanduser()):
-        return Path(names[0]).expanduser()
+    if prepared := prepared_folder(names):
+        return prepared
     content = content_key(find_sources(names), tokenizer=tokenizer, seq_len=seq_len, text_field=text_field)
     output = cache / "blocks" / content[:32]
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -131,6 +131,17 @@ def prepare_cached(
             show_progress=show_progress,
         )
     return output
+
+
+def prepared_folder(names: Sequence[str]) -> Path | None:
+    """The folder of blocks that `names` stand for, where they are one."""
+    if len(names) != 1:
+        return None
+    try:
+        path = Path(names[0]).expanduser()
+        return path if is_prepared(path) else None
+    except (OSError, RuntimeError):  # find_sources says what is wrong with it
+        return None
 
 
 def content_key(sources: Sequence[Source], *, tokenizer: TextTokenizer, seq_len: int, text_field: str) -> str:

@@ -138,7 +138,7 @@ def load_tokenizer(folder: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = model_folder(folder, what="tokenizer")
+    path = model_folder(folder, what="tokenizer", weights=False)
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exceptions at a file that it cannot read

@@ -40,9 +40,9 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
         optimizer = FusedAdam(groups, adam_w_mode=True, **settings)
     except Exception as error:  # DeepSpeed raises many kinds while it compiles
         raise LaunchError(
-            f"DeepSpeed's fused Adam cannot be compiled here ({first_line(error)}). Needed: ninja and a C++ compiler "
-            "(apt-get install g++, or module load gcc); for a GPU also nvcc, of torch's CUDA version. Or take torch's "
-            "own optimizer: --optim.name adamw_torch."
+            f"DeepSpeed's fused Adam cannot be compiled or loaded here ({first_line(error)}). Needed: ninja and a C++ "
+            "compiler (apt-get install g++, or module load gcc); for a GPU also nvcc, of torch's CUDA version. Or take "
+            "torch's own optimizer: --optim.name adamw_torch."
         ) from error
     if device().type == "cpu":
         optimizer.multi_tensor_adam = _forgetful(optimizer.multi_tensor_adam)

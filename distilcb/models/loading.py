@@ -20,7 +20,7 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    path = model_folder(name)
+    path = model_folder(name, weights=False)
     try:
         if path.is_file():  # a bare config.json under any name
             facts = json.loads(path.read_text(encoding="utf-8"))

@@ -19,12 +19,12 @@ from distilcb.config import (
     accumulation_steps,
     cache_folder,
 )
-from distilcb.data.blocks import Blocks, BlockSource, check_fits, is_prepared
+from distilcb.data.blocks import Blocks, BlockSource, check_fits
 from distilcb.data.corpus import find_sources
 from distilcb.data.loader import Batch, Cut, HeldoutBatches, MicroBatches, training_batches
 from distilcb.data.masking import Masking
 from distilcb.data.order import Order
-from distilcb.data.prepare import prepare_cached
+from distilcb.data.prepare import prepare_cached, prepared_folder
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import is_compiled, on_main
 from distilcb.engine import deepspeed_config
@@ -129,14 +129,14 @@ def build(command: CommandLine) -> Run | None:
     The run folder is made once models and text are known to fit, so that a mistake leaves nothing behind.
     """
     config, folder = command.config, RunFolder(command.run_dir)
-    for names in (config.data.train, config.data.heldout):
-        if not all(is_prepared(Path(name).expanduser()) for name in names):
-            find_sources(names)  # what stands for nothing is told before a model is loaded
     place = take_place(config)
     state = on_main(lambda: folder.look(command))
     if state is RunState.DONE:
         log.info("%s is DONE: nothing to do. --fresh starts anew and keeps it aside.", folder.path)
         return None
+    for names in (config.data.train, config.data.heldout):
+        if not prepared_folder(names):
+            find_sources(names)  # what stands for nothing is told before a model is loaded
     models = build_models(config, place)
     train_blocks, heldout_blocks = _open_text(config, models.tokenizer, place.world)
     text = _contents(train_blocks, heldout_blocks)
@@ -297,17 +297,17 @@ def _check_models(config: Config, built: Models) -> None:
 
 
 def _other_tokenizer(config: Config, tokenizer: TextTokenizer) -> str | None:
-    """What is wrong where data.tokenizer gives other ids than the teacher's own; a teacher may come without one."""
+    """What is wrong where data.tokenizer is not the teacher's own; a teacher may come without one."""
     assert config.teacher.model is not None
     try:
-        own = TextTokenizer(config.teacher.model)
+        own = TextTokenizer(config.teacher.model).vocabulary
     except ModelError:
         return None
-    if own.vocabulary.fingerprint == tokenizer.vocabulary.fingerprint:
+    if own.fingerprint == tokenizer.vocabulary.fingerprint:
         return None
     return (
-        f"data.tokenizer {tokenizer.folder} gives other ids than the tokenizer of teacher {config.teacher.model}, "
-        "which would read another text. Leave data.tokenizer out."
+        f"data.tokenizer {tokenizer.folder} is not the tokenizer of teacher {config.teacher.model}: its words, ids or "
+        "special tokens differ, and the teacher would read another text. Leave data.tokenizer out."
     )
 
 

@@ -24,38 +24,46 @@ _ACCUMULATIONS = (2, 2, 6)
 
 
 def dry_run(command: CommandLine) -> dict[str, Any]:
-    """Take a few short steps with the real stepper and engine; print and write what a whole one costs.
+    """Take a few short steps with the real stepper and engine; print and write what the run's steps cost.
 
     The report goes to <run_dir>.dry_run.json; the run folder itself is not touched.
 
     Raises:
-        ConfigError: a micro-batch that the GPU cannot hold.
+        ConfigError: more than the GPU's memory holds.
     """
     config = command.config
     place = take_place(config)
-    accumulation = accumulation_steps(config.optim, place.world.size)
+    try:
+        report = _measure(config, place)
+    except torch.cuda.OutOfMemoryError as error:
+        size = config.optim.micro_batch
+        less = f"--optim.micro_batch {size // 2}" if size > 1 else "a smaller data.seq_len, or a larger GPU"
+        raise ConfigError(
+            f"optim.micro_batch={size} sequences of {config.data.seq_len} tokens: the GPU's memory does not hold them, "
+            f"or somebody else uses it. Try {less}."
+        ) from error
+    path = command.run_dir.with_name(f"{command.run_dir.name}.dry_run.json")
+    on_main(lambda: _tell(report, path))
+    return report
+
+
+def _measure(config: Config, place: Place) -> dict[str, Any]:
     models = build_models(config, place)
-    short = _shortened(config, place)
     words = RandomBlocks(models.tokenizer.vocabulary, seq_len=config.data.seq_len, blocks=sum(_ACCUMULATIONS) * 64)
-    engine, stepper, micro_batches, counts = wire_stepper(short, place, models, words)
+    engine, stepper, micro_batches, counts = wire_stepper(_shortened(config, place), place, models, words)
     batches = training_batches(micro_batches, first_step=0, last_step=sum(_ACCUMULATIONS), workers=0, pin_memory=False)
     seconds, sums = [], []
-    try:
-        for step, micros in enumerate(_ACCUMULATIONS):
-            stepper.cut = replace(stepper.cut, global_batch=config.optim.micro_batch * place.world.size * micros)
-            barrier()
-            started = time.perf_counter()
-            sums.append(all_reduce_sum(stepper.step(step, batches).sums).tolist())  # reading them waits for the device
-            seconds.append(time.perf_counter() - started)
-    except torch.cuda.OutOfMemoryError as error:
-        raise ConfigError(
-            f"optim.micro_batch={config.optim.micro_batch} sequences of {config.data.seq_len} tokens: the GPU's memory "
-            f"does not hold them. Try --optim.micro_batch {max(1, config.optim.micro_batch // 2)}."
-        ) from error
+    for step, micros in enumerate(_ACCUMULATIONS):
+        stepper.cut = replace(stepper.cut, global_batch=config.optim.micro_batch * place.world.size * micros)
+        barrier()
+        started = time.perf_counter()
+        sums.append(all_reduce_sum(stepper.step(step, batches).sums).tolist())  # reading them waits for the device
+        seconds.append(time.perf_counter() - started)
     by = divisors(config.loss, counts)
+    accumulation = accumulation_steps(config.optim, place.world.size)
     seconds_per_step = _whole_step(seconds, accumulation)
     hours = seconds_per_step * config.train.steps / 3600
-    report = {
+    return {
         "world_size": place.world.size,
         "precision": place.precision,
         "micro_batch": config.optim.micro_batch,
@@ -65,6 +73,7 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
         "steps": config.train.steps,
         "seconds_per_step": seconds_per_step,
         "tokens_per_second": config.optim.global_batch * config.data.seq_len / seconds_per_step,
+        # of the steps: evaluations and checkpoints come on top
         "projected_hours": hours,
         "projected_device_hours": hours * place.world.size,
         "loss_at_start": {
@@ -74,9 +83,6 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
         },
         "memory_bytes": _memory(models, engine, place),
     }
-    path = command.run_dir.with_name(f"{command.run_dir.name}.dry_run.json")
-    on_main(lambda: _tell(report, path))
-    return report
 
 
 def _whole_step(seconds: list[float], accumulation: int) -> float:

@@ -153,6 +153,5 @@ def test_a_data_set_made_by_a_script_is_refused_with_the_way_round(prepare, tmp_
     assert_refused(ended, "loading script", "docs/distilcamembert.md")
 
 
-@pytest.mark.parametrize("name", ["hub:", "hub:a:b:c:d"])
-def test_a_name_of_the_hub_that_is_none_is_refused(prepare, name):
-    assert_refused(prepare(name), "needed hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")
+def test_a_name_of_the_hub_that_is_none_is_refused(prepare):
+    assert_refused(prepare("hub:"), "needed hub:NAME, hub:NAME:CONFIG or hub:NAME:CONFIG:SPLIT")

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from distilcb.config import REPOSITORY, parse_command_line
-from distilcb.distributed import compiled_operators_folder
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SHORT = ["--train.steps", "2", "--train.eval_maskings", "2", "--train.eval_every", "0"]
@@ -34,9 +33,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     for name in ("launch", "recipes", "ds_configs", "Makefile", "pyproject.toml", "constraints.txt"):
         (folder / name).symlink_to(REPOSITORY / name)
-    (folder / "cache").mkdir()
-    if not os.environ.get("TORCH_EXTENSIONS_DIR"):  # torch keeps what it compiles under XDG_CACHE_HOME too
-        (folder / "cache" / "torch_extensions").symlink_to(compiled_operators_folder())
     text = REPOSITORY / "recipes" / "mini" / "text"
     (folder / "my_text.txt").write_bytes((text / "train" / "lettres.txt").read_bytes())
     (folder / "my_heldout.txt").write_bytes((text / "heldout" / "lettres.txt").read_bytes())

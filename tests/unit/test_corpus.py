@@ -152,6 +152,11 @@ def test_a_name_that_stands_for_nothing_is_refused(tmp_path, name):
         find_sources([str(tmp_path / "there.txt"), f"{tmp_path}/{name}"])
 
 
+def test_the_home_of_nobody_is_refused():
+    with pytest.raises(DataError, match="~nobody_of_this_name/text cannot be read"):
+        find_sources(["~nobody_of_this_name/text"])
+
+
 def test_a_folder_without_readable_files_is_refused(tmp_path):
     (tmp_path / "a.pdf").write_text("no")
     with pytest.raises(DataError, match="has no readable file"):

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from launcher_environments import BATCH_SHELL, OPENMPI, SRUN, TORCHRUN
-from torch.utils.cpp_extension import get_default_build_root
 
 from distilcb import distributed
 from distilcb.distributed import configure_logging, is_main_process
@@ -82,29 +81,45 @@ def test_threads_that_the_user_chose_are_left_alone(environ_of_nobody):
     assert chosen == []
 
 
-@pytest.mark.parametrize("cache", [None, "/somewhere/cache"])
-def test_compiled_operators_are_looked_for_where_torch_puts_them(environ_of_nobody, cache):
+@pytest.fixture
+def environ_of_nobodys_tools(environ_of_nobody):
+    """Nor of compiled operators; PATH is put back."""
     environ_of_nobody.delenv("TORCH_EXTENSIONS_DIR", raising=False)
-    environ_of_nobody.delenv("XDG_CACHE_HOME", raising=False)
-    if cache:
-        environ_of_nobody.setenv("XDG_CACHE_HOME", cache)
-    assert distributed.compiled_operators_folder() == Path(get_default_build_root())
-    environ_of_nobody.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
+    environ_of_nobody.setenv("PATH", "/usr/bin:/bin")
+    return environ_of_nobody
+
+
+@pytest.mark.parametrize(("gpu", "kind"), [(False, "cpu"), (True, "cuda")])
+def test_operators_are_kept_in_the_environment_those_of_cpu_and_gpu_apart(
+    environ_of_nobodys_tools, tmp_path, gpu, kind
+):
+    environ_of_nobodys_tools.setattr(sys, "prefix", str(tmp_path))
+    environ_of_nobodys_tools.setattr(distributed, "uses_cuda", lambda: gpu)
+    distributed.use_own_tools()
+    folder = tmp_path / "torch_extensions" / kind
+    assert distributed.compiled_operators_folder() == folder
+    assert not distributed.is_compiled("fused_adam")
+    (folder / "fused_adam").mkdir(parents=True)
+    (folder / "fused_adam" / "fused_adam.so").touch()
+    assert distributed.is_compiled("fused_adam")
+
+
+def test_a_folder_for_operators_that_the_user_named_is_kept(environ_of_nobodys_tools):
+    environ_of_nobodys_tools.setenv("TORCH_EXTENSIONS_DIR", "/elsewhere")
+    distributed.use_own_tools()
     assert distributed.compiled_operators_folder() == Path("/elsewhere")
 
 
-@pytest.mark.parametrize("gpu", [False, True])
-def test_an_operator_built_for_a_cpu_is_none_for_a_gpu(environ_of_nobody, tmp_path, gpu):
-    environ_of_nobody.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    environ_of_nobody.setattr(distributed, "uses_cuda", lambda: gpu)
-    build = tmp_path / "fused_adam"
-    build.mkdir()
+def test_an_environment_that_cannot_be_written_to_leaves_torch_its_own_folder(environ_of_nobodys_tools, tmp_path):
+    environ_of_nobodys_tools.setattr(sys, "prefix", str(tmp_path / "missing"))
+    environ_of_nobodys_tools.setenv("XDG_CACHE_HOME", str(tmp_path))
+    distributed.use_own_tools()
+    assert distributed.compiled_operators_folder() == tmp_path / "torch_extensions"
+    built = tmp_path / "torch_extensions" / f"py{sys.version_info.major}{sys.version_info.minor}_cpu" / "fused_adam"
+    built.mkdir(parents=True)
     assert not distributed.is_compiled("fused_adam")
-    (build / "fused_adam.so").touch()
-    (build / "build.ninja").write_text("cxx = c++\n")
-    assert distributed.is_compiled("fused_adam") == (not gpu)
-    (build / "build.ninja").write_text("cxx = c++\nnvcc = /usr/local/cuda/bin/nvcc\n")
-    assert distributed.is_compiled("fused_adam") == gpu
+    (built / "fused_adam.so").touch()
+    assert distributed.is_compiled("fused_adam")
 
 
 def _page_faults_of_a_repeated_tensor(environ: dict[str, str]) -> int:
