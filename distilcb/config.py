@@ -8,6 +8,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -384,7 +385,7 @@ def _unknown_options(unknown: Sequence[str]) -> list[str]:
         elif not faults:
             faults.append(
                 f"unexpected word {word!r}: options are written --section.name VALUE, several files as a.txt,b.txt "
-                "or as a glob in quotes"
+                "or as a glob in quotes, a name with spaces in quotes"
             )
     return faults
 
@@ -409,7 +410,8 @@ def _read_recipe(path: Path, faults: list[str]) -> dict[str, Any]:
         faults.append(f"recipe {path}: {error.strerror or error}. Give a YAML file, such as recipes/mini.yaml.")
         return {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        faults.append(f"recipe {path} is not readable as YAML: {' '.join(str(error).split())}")
+        what = " Save it as UTF-8." if isinstance(error, UnicodeDecodeError) else ""
+        faults.append(f"recipe {path} is not readable as YAML: {' '.join(str(error).split())}.{what}")
         return {}
     if tree is not None and not isinstance(tree, dict):
         faults.append(f"recipe {path}: came {type(tree).__name__}, needed sections such as 'optim:' with names below")
@@ -438,6 +440,8 @@ def _parse_value(name: str, text: str) -> object:
         return None
     if "str" in words or (hint is Paths and not text.startswith("[")):
         return text.split(",") if hint is Paths else text
+    if any(re.match(r"\[(int|float)\b", word) for word in words) and "," in text and "[" not in text:
+        text = f"[{text}]"  # 0,2,4
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -465,6 +469,10 @@ def _describe(fault: Any) -> str:
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         sections = [field.name for field in fields(Config)]
         return f"unknown setting {_with_nearest(path, [name for name, *_ in _options()] + sections)}"
+    if fault["type"] == "tuple_type":
+        return f"{path}={fault['input']!r}: needed a list, such as [0,2,4]"
+    if fault["type"] == "dataclass_type":
+        return f"{path}={fault['input']!r}: needed settings below it, such as '{path}:' and indented names"
     return f"{path}={fault['input']!r}: {fault['msg']}"
 
 

@@ -27,6 +27,9 @@ T = TypeVar("T")
 
 # Launchers end the other ranks within a second or two of the first that ends.
 _RANK_ZERO_SPEAKS_FIRST_SECONDS = 4.0
+# As shells do for SIGINT.
+_INTERRUPTED = 130
+_COMPILATION_TAKES_AT_MOST_SECONDS = 600.0
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -90,6 +93,30 @@ def is_compiled(operator: str) -> bool:
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return (folder / operator / f"{operator}.so").is_file()
     return any(folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*/{operator}/{operator}.so"))
+
+
+def wait_for_compiler(operator: str) -> None:
+    """Wait while another process compiles an operator; a lock that a killed one has left would be waited for for ever.
+
+    Raises:
+        LaunchError: the lock is older than any compilation takes.
+    """
+    folders = [compiled_operators_folder() / operator, *compiled_operators_folder().glob(f"*/{operator}")]
+    told = False
+    while locks := [folder / "lock" for folder in folders if (folder / "lock").exists()]:
+        try:
+            age = time.time() - locks[0].stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if age > _COMPILATION_TAKES_AT_MOST_SECONDS:
+            raise LaunchError(
+                f"{locks[0]} says that a process compiles {operator}, but it is {age / 60:.0f} minutes old: that "
+                "process was killed. Remove the file and start again."
+            )
+        if not told:
+            _log.info("another process compiles %s: waiting for it (%s)", operator, locks[0])
+            told = True
+        time.sleep(0.5)
 
 
 def stop() -> None:
@@ -226,6 +253,8 @@ def _meet(world: World, *, timeout: timedelta) -> None:
     import torch
 
     backend = "nccl" if uses_cuda() else "gloo"
+    if backend == "gloo":
+        wait_for_compiler("deepspeed_shm_comm")
     if backend == "gloo" and not is_compiled("deepspeed_shm_comm"):
         _log.info("DeepSpeed compiles an operator, as it does at its first start on a machine: about a minute")
     if backend == "gloo" and not is_compiled("deepspeed_shm_comm") and shutil.which("c++") is None:
@@ -286,6 +315,13 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        if is_main_process():
+            print(
+                "\ninterrupted: what was saved stays, the same command goes on from there", file=sys.stderr, flush=True
+            )
+        _end_at_once_among_ranks(_INTERRUPTED)
+        return _INTERRUPTED
     except (UserError, TrainingError) as error:
         code = 2 if isinstance(error, UserError) else 1
         prefix = ""
@@ -294,8 +330,12 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
             prefix = f"[rank {os.environ.get('RANK', '?')}] "
         if not prefix or isinstance(error, UserError):
             print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        if _process_group_of_several() is not None:
-            sys.stdout.flush()
-            os._exit(code)
+        _end_at_once_among_ranks(code)
         return code
     return 0
+
+
+def _end_at_once_among_ranks(code: int) -> None:
+    if _process_group_of_several() is not None:
+        sys.stdout.flush()
+        os._exit(code)

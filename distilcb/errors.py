@@ -1,5 +1,9 @@
 """The faults a user can cause. Each message says where, what came, what was needed and what to do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class UserError(Exception):
     """A fault that the user can mend; ends the program with its message and exit code 2, without a traceback."""
@@ -27,3 +31,12 @@ class LaunchError(UserError):
 
 class TrainingError(Exception):
     """Training cannot go on (a loss that is not finite, say); what was saved stays good. Exit code 1."""
+
+
+@contextmanager
+def writing(path: Path, kind: type[UserError], advice: str) -> Iterator[None]:
+    """Turn what the file system says while `path` is written into a message of `kind` that ends with `advice`."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{path} cannot be written ({error.strerror or error}). {advice}") from error

@@ -33,6 +33,8 @@ def model_folder(name: str, *, what: str = "model", weights: bool = True, pickle
     """
     try:
         path = Path(name).expanduser()
+        if (path / "student" / "config.json").is_file():
+            raise ModelError(f"{what} {name} is a run folder. Give {path / 'student'}.")
         if path.exists():
             return path
     except (OSError, RuntimeError) as error:  # a closed folder of somebody else; the home of nobody

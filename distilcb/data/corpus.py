@@ -55,12 +55,13 @@ def _files(name: str) -> list[Path]:
         files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
     elif path.is_file():
         if not _format(path):
-            raise DataError(f"{name}: not a format that can be read. Needed: {_readable()}.")
+            raise DataError(f"{name}: not a format that can be read. Needed: a name that ends in {_readable()}.")
         files = [path]
     else:
-        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file() and _format(p))
+        matches = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
+        files = sorted(p for p in matches if _format(p))
     if not files:
-        what = "has no readable file" if path.is_dir() else "does not exist"
+        what = "has no readable file" if path.is_dir() or matches else "does not exist"
         raise DataError(f"{name} {what}. Needed: a file, folder or glob of {_readable()}.")
     return files
 

@@ -7,6 +7,7 @@ padded (RoBERTa's FULL-SENTENCES), so attention needs no mask and every step has
 import hashlib
 import itertools
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -24,8 +25,10 @@ from tqdm import tqdm
 from distilcb.data.blocks import TOKEN_COUNTS, Description, is_prepared, read_description
 from distilcb.data.corpus import Damage, Source, find_sources, kind_of, read_documents
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
-from distilcb.errors import ConfigError, DataError
+from distilcb.errors import ConfigError, DataError, writing
 from distilcb.hub import HubDataset
+
+log = logging.getLogger(__name__)
 
 # Documents tokenized in one call, so that the Rust tokenizer can use several threads.
 _BATCH_DOCUMENTS = 512
@@ -58,9 +61,10 @@ def prepare(
         if is_prepared(output) and read_description(output).content == content:
             return read_description(output)
         raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.parent / f".{output.name}.{uuid.uuid4().hex}.tmp"
-    temporary.mkdir()  # not mkdtemp, whose folders are closed to other users
+    with writing(output, DataError, "Name a folder that can be written to."):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()  # not mkdtemp, whose folders are closed to other users
     try:
         damage = Damage()
         facts: list[dict[str, Any]] = []
@@ -72,7 +76,7 @@ def prepare(
         if not writer.blocks:
             raise DataError(
                 f"{', '.join(names)}: {packer.documents} documents with {packer.tokens} tokens fill no block of "
-                f"{seq_len} tokens. Give more text, or a smaller data.seq_len."
+                f"{seq_len} tokens. Give more text, or a smaller seq_len."
             )
         description = Description(
             blocks=writer.blocks,
@@ -90,6 +94,7 @@ def prepare(
             content=content,
             versions=_versions(),
         )
+        _warn_of_damage(names, damage, packer.documents)
         np.save(temporary / TOKEN_COUNTS, writer.token_counts)
         description.write(temporary)
         if output.is_dir():
@@ -118,7 +123,8 @@ def prepare_cached(
         return prepared
     content = content_key(find_sources(names), tokenizer=tokenizer, seq_len=seq_len, text_field=text_field)
     output = cache / "blocks" / content[:32]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with writing(output.parent, DataError, "Give a --data.cache that can be written to."):
+        output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{output}.lock"):
         for left in output.parent.glob(f".{output.name}.*.tmp"):  # by a start that was killed: nobody else is here
             shutil.rmtree(left, ignore_errors=True)
@@ -167,6 +173,17 @@ def _content(source: Source) -> bytes:
             return hashlib.file_digest(stream, "sha256").digest()
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+
+
+def _warn_of_damage(names: Sequence[str], damage: Damage, documents: int) -> None:
+    if damage.undecodable_documents:
+        log.warning(
+            "%s: %d of %d documents are not UTF-8; what could not be read became U+FFFD. If the text is in another "
+            "encoding convert it first, as with iconv -f latin1 -t utf-8",
+            *(", ".join(names), damage.undecodable_documents, documents),
+        )
+    if damage.control_characters:
+        log.warning("%s: %d control characters became spaces", ", ".join(names), damage.control_characters)
 
 
 class _Packer:

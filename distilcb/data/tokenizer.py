@@ -17,6 +17,14 @@ from distilcb.hub import first_line, model_folder
 # Tokenized into the fingerprint, so that two tokenizers with one vocabulary but other rules are told apart.
 _PROBE = "Où l'été naît-il ? À Noël, 1 234,50 € — «ÇA», co-\u00a0œuvre\u200b ﬁn x²!"
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
+
 # A tokenizer needs a hundred times the memory of its text, so a line of 50 MB goes in parts, and not all at once.
 _PIECE_CHARACTERS = 50_000
 _BATCH_PIECES = 512
@@ -139,6 +147,8 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     path = model_folder(folder, what="tokenizer", weights=False)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"tokenizer {folder} cannot be read: needed one of {', '.join(_TOKENIZER_FILES)} there.")
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # tokenizers raises plain Exceptions at a file that it cannot read

@@ -9,7 +9,14 @@ import subprocess
 import sys
 import time
 
-from distilcb.distributed import compiled_operators_folder, exit_code, is_compiled, use_own_tools, uses_cuda
+from distilcb.distributed import (
+    compiled_operators_folder,
+    exit_code,
+    is_compiled,
+    use_own_tools,
+    uses_cuda,
+    wait_for_compiler,
+)
 from distilcb.errors import LaunchError
 
 FUSED_ADAM, CPU_COMMUNICATION = "fused_adam", "deepspeed_shm_comm"
@@ -31,7 +38,11 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     """
     use_own_tools()
     waiting = [name for name in needed_operators() if not is_compiled(name)]
+    for name in needed_operators():
+        wait_for_compiler(name)
+    waiting = [name for name in waiting if not is_compiled(name)]
     if not waiting:
+        print(f"DeepSpeed's operators are compiled already, in {compiled_operators_folder()}", flush=True)
         return
     print(f"compiling DeepSpeed's operators ({', '.join(waiting)}): about a minute, once", flush=True)
     started = time.perf_counter()

@@ -43,6 +43,8 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
     from transformers import AutoModelForMaskedLM
 
     folder = model_folder(name, pickle=allow_pickle)
+    if folder.is_file():
+        raise ModelError(f"model {name} is a file. Needed: a folder with config.json and model.safetensors.")
     family_of(load_config(str(folder)), where=name)  # before gigabytes of weights are read
     try:
         model, info = AutoModelForMaskedLM.from_pretrained(

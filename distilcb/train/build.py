@@ -26,7 +26,7 @@ from distilcb.data.masking import Masking
 from distilcb.data.order import Order
 from distilcb.data.prepare import prepare_cached, prepared_folder
 from distilcb.data.tokenizer import TextTokenizer
-from distilcb.distributed import is_compiled, on_main
+from distilcb.distributed import is_compiled, on_main, wait_for_compiler
 from distilcb.engine import deepspeed_config
 from distilcb.engine.checkpoint import Checkpoints
 from distilcb.engine.operators import FUSED_ADAM
@@ -133,6 +133,8 @@ def build(command: CommandLine) -> Run | None:
     state = on_main(lambda: folder.look(command))
     if state is RunState.DONE:
         log.info("%s is DONE: nothing to do. --fresh starts anew and keeps it aside.", folder.path)
+        for line in on_main(lambda: folder.not_compared(command)):
+            log.warning("what it was made from is not compared: %s", line)
         return None
     for names in (config.data.train, config.data.heldout):
         if not prepared_folder(names):
@@ -240,7 +242,9 @@ def start_engine(module: StepModule, config: Config, place: Place) -> Any:
     import deepspeed
 
     started = time.perf_counter()
-    if not is_compiled(FUSED_ADAM):
+    if config.optim.name == "adamw":
+        wait_for_compiler(FUSED_ADAM)
+    if config.optim.name == "adamw" and not is_compiled(FUSED_ADAM):
         log.info("DeepSpeed compiles its fused Adam, as it does at its first start on a machine: about a minute")
     optimizer = build_optimizer(module, config.optim)
     engine, *_ = deepspeed.initialize(

@@ -6,7 +6,7 @@ from typing import Any
 
 from distilcb.config import Config, flatten, load_recipe
 from distilcb.engine.checkpoint import Checkpoint, Checkpoints
-from distilcb.errors import CheckpointError
+from distilcb.errors import CheckpointError, writing
 from distilcb.eval.report import as_markdown, heldout_rows
 from distilcb.export.hugging_face import export_checkpoint
 from distilcb.export.model_card import CardFacts
@@ -24,7 +24,8 @@ def export_run(run_dir: Path, *, step: int | None, output: Path) -> Path:
     """
     folder = RunFolder(run_dir.absolute())
     if not folder.config.is_file():
-        raise CheckpointError(f"{run_dir} is no run folder: it has no config.yaml.")
+        above = " Give the run folder, not the student in it." if (run_dir.parent / "config.yaml").is_file() else ""
+        raise CheckpointError(f"{run_dir} is no run folder: it has no config.yaml.{above}")
     if output.exists():
         raise CheckpointError(f"{output} is there already. Name another folder, or move it aside.")
     checkpoint = _find(folder, step)
@@ -52,7 +53,8 @@ def write_student(
             if name.split(".")[0] in _SECTIONS
         },
     )
-    return export_checkpoint(checkpoint.path, folder.model, output, facts)
+    with writing(output, CheckpointError, "Name a folder that can be written to."):
+        return export_checkpoint(checkpoint.path, folder.model, output, facts)
 
 
 def _public_name(model: str | None) -> str | None:

@@ -21,9 +21,9 @@ from typing import Any
 
 import yaml
 
-from distilcb.config import REPOSITORY, CommandLine, differences, to_plain
+from distilcb.config import REPOSITORY, CommandLine, differences, flatten, to_plain
 from distilcb.engine.checkpoint import write_durably
-from distilcb.errors import CheckpointError
+from distilcb.errors import CheckpointError, writing
 
 log = logging.getLogger(__name__)
 
@@ -84,12 +84,14 @@ class RunFolder:
         """
         if state is RunState.RESUMED:
             begun = self._begun()["provenance"]["facts"]
-            changed = [
-                f"{name}: {begun.get(name)} -> {facts[name]}" for name in facts if begun.get(name) != facts[name]
-            ]
+            changed = [line for name in facts for line in _difference(name, begun.get(name), facts[name])]
             if changed:
                 raise self._other("text or precision", changed)
             return
+        with writing(self.path, CheckpointError, "Give a --run_dir that can be written to."):
+            self._make(command, provenance, facts)
+
+    def _make(self, command: CommandLine, provenance: dict[str, Any], facts: dict[str, Any]) -> None:
         if self.path.exists() and any(self.path.iterdir()):
             aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
             self.path.rename(aside)
@@ -106,6 +108,13 @@ class RunFolder:
         """Write DONE, the last file of a run."""
         write_durably(self.done, time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")
 
+    def not_compared(self, command: CommandLine) -> list[str]:
+        """Lines on teacher and text that are named otherwise than at the first start: of a run that is DONE they are
+        not looked into."""
+        before, now = flatten(self._begun()), flatten(to_plain(command.config))
+        names = ("teacher.model", "data.train", "data.heldout")
+        return [f"{name}: {before.get(name)} -> {now[name]}" for name in names if before.get(name) != now[name]]
+
     def _begun(self) -> dict[str, Any]:
         try:
             document = yaml.safe_load(self.config.read_text(encoding="utf-8"))
@@ -119,6 +128,18 @@ class RunFolder:
         lines = [f"{self.path} was begun with other {what}:", *changed]
         lines.append("Put it back as it was, give another --run_dir, or start anew with --fresh.")
         return CheckpointError("\n  ".join(lines))
+
+
+def _difference(name: str, before: Any, now: Any) -> list[str]:
+    """Lines on a fact that is not what it was; hashes tell only that."""
+    if before == now:
+        return []
+    if name == "text":
+        before = before if isinstance(before, dict) else {}
+        return [f"data.{part}: other text than it was begun with" for part in now if before.get(part) != now[part]]
+    if name == "teacher":
+        return ["teacher.model: another model than it was begun with"]
+    return [f"{name}: {before} -> {now}"]
 
 
 def provenance(command: CommandLine, world_size: int) -> dict[str, Any]:

@@ -63,8 +63,10 @@ class Commands:
         """`deepspeed --num_gpus RANKS launch/PROGRAM.py words`, ended."""
         return _end(start(_deepspeed(ranks, program, words, port)))
 
-    def train_until_killed(self, run_dir: Path, *words: object, after_step: int, ranks: int = 1) -> None:
-        """Train and kill every process once a step is in metrics.jsonl."""
+    def train_until_killed(
+        self, run_dir: Path, *words: object, after_step: int, ranks: int = 1, by: int = signal.SIGKILL
+    ) -> subprocess.CompletedProcess[str]:
+        """Train and send every process a signal once a step is in metrics.jsonl; returns how it ended."""
         words = ("--run_dir", run_dir, *words)
         program = [sys.executable, "launch/train.py", *words] if ranks == 1 else _deepspeed(ranks, "train", words)
         process = start(program)
@@ -76,9 +78,10 @@ class Commands:
                     f"no step {after_step}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}"
                 )
             time.sleep(0.005)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        os.killpg(process.pid, by)
+        ended = _end(process)
         assert not (run_dir / "DONE").exists(), "it was done before it could be killed"
+        return ended
 
 
 def start(words: list[Any], environ: dict[str, str] | None = None) -> subprocess.Popen[str]:

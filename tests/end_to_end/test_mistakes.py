@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -27,6 +28,14 @@ SETTINGS = {
     "several at once": (["--optim.lr", "-1", "--data.seq_len", "2"], ["2 faults", "optim.lr", "data.seq_len"]),
     "a recipe that is not there": (["--recipe", "recipes/none.yaml"], ["recipes/none.yaml"]),
     "a recipe that is a folder": (["--recipe", "recipes"], ["recipes", "Give a YAML file"]),
+    "layers without brackets": (["--student.init_layers", "0,12"], ["layers 0 to 11", "[12]"]),
+    "a word of no option": (["--train.steps", "5", "stray words"], ["'stray words'", "in quotes"]),
+    "a run folder for a model": (["--teacher.model", "{finished}"], ["is a run folder. Give", "student"]),
+    "a file for a model": (["--teacher.model", "{finished}/summary.json"], ["is a file", "needed a folder"]),
+    "a folder without a tokenizer": (["--data.tokenizer", "{finished}/tensorboard"], ["needed one of tokenizer.json"]),
+    "a run folder below a file": (["--run_dir", "{finished}/DONE/run"], ["cannot be written", "--run_dir"]),
+    "a cache below a file": (["--data.cache", "{finished}/DONE/cache"], ["cannot be written", "--data.cache"]),
+    "text of another kind": (["--data.train", "{finished}/*.json"], ["has no readable file", ".jsonl"]),
     "a temperature of zero": (["--loss.temperature", "0"], ["loss.temperature=0", "greater than 0"]),
     "a temperature below zero": (["--loss.temperature", "-2"], ["loss.temperature=-2", "greater than 0"]),
     "a masking rate of everything": (["--masking.rate", "1.5"], ["masking.rate=1.5", "less than or equal to 0.5"]),
@@ -49,8 +58,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("mistake", SETTINGS)
-def test_a_mistake_ends_with_one_message_and_leaves_no_run_folder(commands, tmp_path, mistake):
+def test_a_mistake_ends_with_one_message_and_leaves_no_run_folder(commands, finished, tmp_path, mistake):
     words, parts = SETTINGS[mistake]
+    words = [word.format(finished=finished) for word in words]
     ended = commands.python("train", "--run_dir", tmp_path / "run", *commands.small, *words)
     assert_refused(ended, *parts)
     assert not (tmp_path / "run").exists()
@@ -64,6 +74,8 @@ def test_a_mistake_ends_with_one_message_and_leaves_no_run_folder(commands, tmp_
         (b"optim:\n  lr: 1\n  lr: 2\n", "written twice"),
         (b"optim:\n  learning_rate: 1\n", "did you mean"),
         (b"- optim\n", "needed sections"),
+        ("optim: # réglages\n".encode("latin-1"), "Save it as UTF-8"),
+        (b"train: 5\n", "train=5: needed settings below it"),
     ],
 )
 def test_an_unreadable_recipe_is_refused(commands, tmp_path, content, told):
@@ -146,6 +158,48 @@ def test_without_a_compiler_the_way_round_is_told(commands, tmp_path):
     ended = commands.python("train", *words, *other, environ=environ)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "run" / "DONE").is_file()
+
+
+@pytest.mark.parametrize("command", ["prepare", "export"])
+def test_an_output_that_cannot_be_written_is_told(commands, finished, command):
+    output = finished / "DONE" / "output"
+    words = {
+        "prepare": ["--input", commands.text / "heldout", "--tokenizer", TEACHER, "--seq_len", "32"],
+        "export": [finished],
+    }
+    assert_refused(commands.python(command, *words[command], "--output", output), str(output), "cannot be written")
+
+
+def test_the_student_of_a_run_is_not_taken_for_the_run(commands, finished, tmp_path):
+    ended = commands.python("export", finished / "student", "--output", tmp_path / "model")
+    assert_refused(ended, "Give the run folder, not the student in it")
+
+
+def test_text_in_another_encoding_is_told_and_survived(commands, tmp_path):
+    text = tmp_path / "latin.txt"
+    text.write_bytes("Été comme hiver, la forêt s'étend jusqu'à la rivière.\n".encode("latin-1") * 40)
+    words = ["--input", text, "--tokenizer", TEACHER, "--output", tmp_path / "blocks", "--seq_len", "32"]
+    ended = commands.python("prepare", *words)
+    assert ended.returncode == 0, ended.stderr
+    assert "40 of 40 documents are not UTF-8" in ended.stderr
+    assert "iconv" in ended.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on_without_a_traceback(commands, tmp_path):
+    run_dir = tmp_path / "run"
+    ended = commands.train_until_killed(run_dir, *commands.small, after_step=3, by=signal.SIGINT)
+    assert ended.returncode == 130
+    assert "interrupted: what was saved stays" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert (run_dir / "checkpoints" / "latest").is_file()
+
+
+def test_a_finished_run_named_with_another_teacher_says_that_it_is_not_compared(commands, finished):
+    words = ["--run_dir", finished, *commands.small, "--teacher.model", "another/teacher"]
+    ended = commands.python("train", *words)
+    assert ended.returncode == 0
+    assert "nothing to do" in ended.stderr
+    assert "not compared: teacher.model" in ended.stderr
 
 
 def test_a_port_in_use_is_told_once(commands, tmp_path):

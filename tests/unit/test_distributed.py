@@ -8,6 +8,8 @@ import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,6 +122,29 @@ def test_an_environment_that_cannot_be_written_to_leaves_torch_its_own_folder(en
     assert not distributed.is_compiled("fused_adam")
     (built / "fused_adam.so").touch()
     assert distributed.is_compiled("fused_adam")
+
+
+def test_a_compilation_elsewhere_is_waited_for(environ_of_nobodys_tools, tmp_path):
+    environ_of_nobodys_tools.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "fused_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    threading.Timer(1.0, lock.unlink).start()
+    started = time.monotonic()
+    distributed.wait_for_compiler("fused_adam")
+    assert 0.9 < time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("place", ["fused_adam", "py311_cpu/fused_adam"])
+def test_a_lock_that_a_killed_compilation_left_is_named(environ_of_nobodys_tools, tmp_path, place):
+    environ_of_nobodys_tools.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / place / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    hours_ago = time.time() - 7200
+    os.utime(lock, (hours_ago, hours_ago))
+    with pytest.raises(LaunchError, match=rf"{lock} .* 120 minutes old.*Remove the file"):
+        distributed.wait_for_compiler("fused_adam")
 
 
 def _page_faults_of_a_repeated_tensor(environ: dict[str, str]) -> int:

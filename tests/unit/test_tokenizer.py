@@ -246,7 +246,7 @@ def test_an_unreadable_tokenizer_is_refused_by_name(tmp_path, content):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"Needed: tokenizer\.json or sentencepiece"):
+    with pytest.raises(ModelError, match=r"needed one of tokenizer\.json, sentencepiece"):
         load_tokenizer(str(tmp_path))
 
 
