@@ -166,9 +166,7 @@ def test_a_folder_without_readable_files_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["a.pdf", "a.zip", "a", "a.gz", "a.txt.bak", "a.TXT"])
 def test_a_file_of_another_format_is_refused_and_the_formats_named(tmp_path, name):
     (tmp_path / name).write_text("text")
-    with pytest.raises(
-        DataError, match=r"not a format .* Needed: a name that ends in \.txt, \.jsonl, \.parquet"
-    ):
+    with pytest.raises(DataError, match=r"not a format .* Needed: a name that ends in \.txt, \.jsonl, \.parquet"):
         find_sources([str(tmp_path / name)])
 
 
