@@ -304,7 +304,8 @@ def on_main(action: Callable[[], T]) -> T:
 
 
 def exit_code(main: Callable[[list[str]], None]) -> int:
-    """Run a command's `main` on the words after its name: 0, 2 after a user's mistake, 1 where training failed.
+    """Run a command's `main` on the words after its name: 0, 2 after a user's mistake, 1 where training failed,
+    130 where the user interrupted it.
 
     Rank zero prints the message, without a traceback. A mistake that only another rank meets is printed there, once
     rank zero has had time to end the job with the same one. Where there are several ranks the process ends here:

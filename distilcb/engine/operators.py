@@ -37,10 +37,9 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         LaunchError: no compiler, a build that fails, or one that takes too long (a lock that a killed build left).
     """
     use_own_tools()
-    waiting = [name for name in needed_operators() if not is_compiled(name)]
     for name in needed_operators():
         wait_for_compiler(name)
-    waiting = [name for name in waiting if not is_compiled(name)]
+    waiting = [name for name in needed_operators() if not is_compiled(name)]
     if not waiting:
         print(f"DeepSpeed's operators are compiled already, in {compiled_operators_folder()}", flush=True)
         return
