@@ -40,3 +40,8 @@ def writing(path: Path, kind: type[UserError], advice: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise kind(f"{path} cannot be written ({error.strerror or error}). {advice}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

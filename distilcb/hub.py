@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from distilcb.errors import DataError, ModelError
+from distilcb.errors import DataError, ModelError, first_line
 
 HUB_PREFIX = "hub:"
 
@@ -116,8 +116,3 @@ class HubDataset:
                 f"{self} cannot be loaded ({first_line(error)}). Without network: fetch its files where there is "
                 "one, and give those files."
             ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

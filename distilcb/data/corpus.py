@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from distilcb.errors import DataError
-from distilcb.hub import HUB_PREFIX, HubDataset, first_line
+from distilcb.errors import DataError, first_line
+from distilcb.hub import HUB_PREFIX, HubDataset
 
 Source = Path | HubDataset
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
+_NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_field)."
 
 
 @dataclass
@@ -80,7 +81,7 @@ def read_documents(source: Source, *, text_field: str, damage: Damage) -> Iterat
         ".parquet": _read_parquet,
     }
     if isinstance(source, HubDataset):
-        texts: Iterator[str | bytes] = _read_dataset(source, text_field)
+        texts = _read_dataset(source, text_field)
     else:
         texts = readers[_format(source)](source, text_field)
     try:
@@ -153,8 +154,7 @@ def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
             if not isinstance(text, str):
                 names = sorted(record) if isinstance(record, dict) else type(record).__name__
                 raise DataError(
-                    f"{path}, line {number}: came {names}, needed a text named '{text_field}'. "
-                    "Name it with --data.text_field (launch/prepare.py: --text_field)."
+                    f"{path}, line {number}: came {names}, needed a text named '{text_field}'. {_NAME_ANOTHER}"
                 )
             yield text
 
@@ -169,36 +169,29 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str | bytes]:
             table = pyarrow.parquet.ParquetFile(seekable)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{path}: not parquet ({error}).") from error
-        if text_field not in table.schema_arrow.names:
-            raise DataError(
-                f"{path}: columns {table.schema_arrow.names}, needed one named '{text_field}'. "
-                "Name it with --data.text_field (launch/prepare.py: --text_field)."
-            )
+        _check_column(path, table.schema_arrow.names, text_field)
         for batch in table.iter_batches(columns=[text_field], batch_size=1024):
             for text in batch.column(0).to_pylist():
-                if not isinstance(text, str | bytes | None):
-                    raise DataError(
-                        f"{path}: column '{text_field}' holds {type(text).__name__}, needed text. "
-                        "Name another with --data.text_field (launch/prepare.py: --text_field)."
-                    )
-                yield text or ""
+                yield _text_of(path, text_field, text)
 
 
-def _read_dataset(source: HubDataset, text_field: str) -> Iterator[str]:
+def _read_dataset(source: HubDataset, text_field: str) -> Iterator[str | bytes]:
     rows = source.load()
-    if text_field not in rows.column_names:
-        raise DataError(
-            f"{source}: columns {rows.column_names}, needed one named '{text_field}'. "
-            "Name it with --data.text_field (launch/prepare.py: --text_field)."
-        )
+    _check_column(source, rows.column_names, text_field)
     for row in rows.select_columns(text_field):
-        text = row[text_field]
-        if not isinstance(text, str | None):
-            raise DataError(
-                f"{source}: column '{text_field}' holds {type(text).__name__}, needed text. "
-                "Name another with --data.text_field (launch/prepare.py: --text_field)."
-            )
-        yield text or ""
+        yield _text_of(source, text_field, row[text_field])
+
+
+def _check_column(source: Source, names: list[str], text_field: str) -> None:
+    if text_field not in names:
+        raise DataError(f"{source}: columns {names}, needed one named '{text_field}'. {_NAME_ANOTHER}")
+
+
+def _text_of(source: Source, text_field: str, text: Any) -> str | bytes:
+    """A cell's text; none is an empty one."""
+    if not isinstance(text, str | bytes | None):
+        raise DataError(f"{source}: column '{text_field}' holds {type(text).__name__}, needed text. {_NAME_ANOTHER}")
+    return text or ""
 
 
 # Every control character but tab and line ends, which split() takes for spaces.

@@ -237,6 +237,7 @@ class _Writer:
         self._stream = pyarrow.ipc.new_stream(self._file, pyarrow.schema([("input_ids", self._type)]))
 
     def write(self, blocks: NDArray[np.int64]) -> None:
+        """Append (blocks, seq_len) token ids to the file, and count them."""
         import pyarrow
 
         self.token_counts += np.bincount(blocks.ravel(), minlength=self.token_counts.size)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distilcb.errors import ModelError
-from distilcb.hub import first_line, model_folder
+from distilcb.errors import ModelError, first_line
+from distilcb.hub import model_folder
 
 # Tokenized into the fingerprint, so that two tokenizers with one vocabulary but other rules are told apart.
 _PROBE = "Où l'été naît-il ? À Noël, 1 234,50 € — «ÇA», co-\u00a0œuvre\u200b ﬁn x²!"
@@ -60,6 +60,11 @@ class TextTokenizer:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
+        """What packing and masking use of it.
+
+        Raises:
+            ModelError: no mask token, or no separators.
+        """
         tokenizer = self.hugging_face
         ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "mask": tokenizer.mask_token_id}
         if ids["bos"] is None:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from distilcb.config import OptimConfig
 from distilcb.distributed import device
-from distilcb.errors import LaunchError
-from distilcb.hub import first_line
+from distilcb.errors import LaunchError, first_line
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distilcb.errors import CheckpointError
+from distilcb.errors import CheckpointError, writing
 from distilcb.export.model_card import CardFacts, model_card
 from distilcb.models.families import family_of
 
@@ -64,13 +64,19 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, output: Path, facts:
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32).eval()
     _load_weights(model, _fp32_weights(checkpoint), checkpoint)
+    with writing(output, CheckpointError, "Name a folder that can be written to."):
+        _write_folder(output, model, tokenizer, model_card(model.config, facts))
+    return output
+
+
+def _write_folder(output: Path, model: Any, tokenizer: Any, card: str) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
     try:
         temporary.chmod(0o755)
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(model.config, facts), encoding="utf-8")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         prove(temporary, model)
         for path in temporary.iterdir():
             path.chmod(0o644)  # safetensors makes files that only their owner can read
@@ -81,7 +87,6 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, output: Path, facts:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return output
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import xxhash
 
-from distilcb.errors import ModelError
-from distilcb.hub import first_line, model_folder
+from distilcb.errors import ModelError, first_line
+from distilcb.hub import model_folder
 from distilcb.models.families import family_of
 
 

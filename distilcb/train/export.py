@@ -6,7 +6,7 @@ from typing import Any
 
 from distilcb.config import Config, flatten, load_recipe
 from distilcb.engine.checkpoint import Checkpoint, Checkpoints
-from distilcb.errors import CheckpointError, writing
+from distilcb.errors import CheckpointError
 from distilcb.eval.report import as_markdown, heldout_rows
 from distilcb.export.hugging_face import export_checkpoint
 from distilcb.export.model_card import CardFacts
@@ -53,8 +53,7 @@ def write_student(
             if name.split(".")[0] in _SECTIONS
         },
     )
-    with writing(output, CheckpointError, "Name a folder that can be written to."):
-        return export_checkpoint(checkpoint.path, folder.model, output, facts)
+    return export_checkpoint(checkpoint.path, folder.model, output, facts)
 
 
 def _public_name(model: str | None) -> str | None:

@@ -164,6 +164,7 @@ def _finish(run: Run, writer: RunWriter | None) -> None:
     summary = {"heldout": heldout, "train": _train_summary(run)}
 
     def finish_on_main() -> None:
+        """What rank zero writes, DONE last."""
         assert writer is not None
         samples = _write_samples(run, writer)
         rows = heldout_rows(heldout)

@@ -294,8 +294,10 @@ def test_a_process_that_nobody_launched_is_a_world_of_one():
 
 def test_a_single_process_gets_a_port_on_which_it_can_listen():
     with socket.socket() as server:
-        server.bind(("127.0.0.1", discover({}).master_port))
+        port = discover({}).master_port
+        server.bind(("127.0.0.1", port))
         server.listen()
+        assert server.getsockname() == ("127.0.0.1", port)
 
 
 def test_rank_zero_is_main_and_the_first_of_a_machine_is_local_main():
