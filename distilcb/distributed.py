@@ -6,6 +6,7 @@ a launch that is refused should wait for them.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import logging
 import os
@@ -32,6 +33,8 @@ _INTERRUPTED = 130
 _COMPILATION_TAKES_AT_MOST_SECONDS = 600.0
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+_last_actions: list[Callable[[], None]] = []
 
 _log = logging.getLogger("distilcb")
 
@@ -336,7 +339,15 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
     return 0
 
 
+def at_exit(action: Callable[[], None]) -> None:
+    """Do this when the process ends, also where ranks end at once."""
+    atexit.register(action)
+    _last_actions.append(action)
+
+
 def _end_at_once_among_ranks(code: int) -> None:
     if _process_group_of_several() is not None:
+        for action in _last_actions:
+            action()
         sys.stdout.flush()
         os._exit(code)

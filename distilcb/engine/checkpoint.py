@@ -13,13 +13,15 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from distilcb.distributed import on_main
+from distilcb.distributed import barrier, on_main
 from distilcb.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -89,17 +91,26 @@ class Checkpoints:
         return Checkpoint(path, manifest["step"], manifest["world_size"])
 
     def load(self, engine: Any, checkpoint: Checkpoint, *, world_size: int) -> dict[str, Any]:
-        """Bring engine, optimizer and loss scaler to the checkpoint's state; returns the saved `state`.
+        """Bring engine, optimizer and loss scaler to the checkpoint's state on every rank; returns the saved `state`.
+
+        One that was saved on another number of ranks goes through DeepSpeed's universal format, made by rank zero
+        and deleted again; the engine must have been built for it (engine/deepspeed_config.py, load_universal).
 
         Raises:
-            CheckpointError: made on another number of ranks, or not loadable.
+            CheckpointError: not loadable.
         """
-        if checkpoint.world_size != world_size:
-            raise CheckpointError(
-                f"{checkpoint.path} was saved on {checkpoint.world_size} ranks, this start has {world_size}. "
-                f"Start it on {checkpoint.world_size}, or anew with --fresh."
-            )
-        path, state = engine.load_checkpoint(str(self.folder), tag=checkpoint.path.name)
+        if checkpoint.world_size == world_size:
+            return self._load(engine, checkpoint, checkpoint.path.name)
+        log.info("%s: from %d ranks to %d", checkpoint.path, checkpoint.world_size, world_size)
+        universal = self.folder / f".universal_{checkpoint.path.name}.tmp"
+        on_main(lambda: _convert(checkpoint.path, universal))
+        state = self._load(engine, checkpoint, universal.name)
+        barrier()
+        on_main(lambda: self._remove_leftovers(".universal_*.tmp"))
+        return state
+
+    def _load(self, engine: Any, checkpoint: Checkpoint, tag: str) -> dict[str, Any]:
+        path, state = engine.load_checkpoint(str(self.folder), tag=tag)
         if path is None:
             raise CheckpointError(f"{checkpoint.path} cannot be loaded. Move it aside to go on from the one before it.")
         return state
@@ -125,8 +136,8 @@ class Checkpoints:
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def _remove_leftovers(self) -> None:
-        for path in self.folder.glob(".step_*.tmp"):
+    def _remove_leftovers(self, pattern: str = ".step_*.tmp") -> None:
+        for path in self.folder.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
     @staticmethod
@@ -142,6 +153,26 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
+
+
+def _convert(checkpoint: Path, output: Path) -> None:
+    """Write DeepSpeed's universal form of a checkpoint, with its own program."""
+    shutil.rmtree(output, ignore_errors=True)
+    words = ["--input_folder", str(checkpoint), "--output_folder", str(output), "--inject_missing_state"]
+    done = subprocess.run(
+        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    (output.parent / "latest_universal").unlink(missing_ok=True)  # which it writes beside, and nobody reads
+    if done.returncode:
+        shutil.rmtree(output, ignore_errors=True)
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise CheckpointError(
+            f"{checkpoint} cannot be converted for another number of ranks ({lines[-1] if lines else 'no output'}). "
+            "Start on as many ranks as saved it, or free some disk space."
+        )
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -132,8 +132,14 @@ def precision(settings: dict[str, Any]) -> str:
     return "fp32"
 
 
-def build(settings: dict[str, Any], optim: OptimConfig, *, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary: the file's settings and what the recipe says."""
+def build(
+    settings: dict[str, Any], optim: OptimConfig, *, world_size: int, load_universal: bool = False
+) -> dict[str, Any]:
+    """DeepSpeed's dictionary: the file's settings and what the recipe says.
+
+    Args:
+        load_universal: whether a checkpoint in the universal format will be loaded, which DeepSpeed must know first.
+    """
     # DeepSpeed sums gradients of micro-batches in the model's own dtype unless told otherwise, and a batch of 4,096
     # is a sum of dozens of terms.
     data_types = {"grad_accum_dtype": "fp32"} | settings.get("data_types", {})
@@ -146,6 +152,7 @@ def build(settings: dict[str, Any], optim: OptimConfig, *, world_size: int) -> d
         "steps_per_print": 2**31 - 1,  # our monitor prints
         # DeepSpeed's own throughput timer waits for the device twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},
+        "checkpoint": {"load_universal": load_universal},
     }
 
 

@@ -28,7 +28,7 @@ from distilcb.data.prepare import prepare_cached, prepared_folder
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import is_compiled, on_main, wait_for_compiler
 from distilcb.engine import deepspeed_config
-from distilcb.engine.checkpoint import Checkpoints
+from distilcb.engine.checkpoint import Checkpoint, Checkpoints
 from distilcb.engine.operators import FUSED_ADAM
 from distilcb.engine.optimizer import build_optimizer
 from distilcb.engine.step_module import StepModule
@@ -145,9 +145,16 @@ def build(command: CommandLine) -> Run | None:
     facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text}
     on_main(lambda: folder.begin_or_check(command, state, provenance(command, place.world.size), facts))
     on_main(lambda: save_recipe_of_model(folder.model, models.student, models.tokenizer.hugging_face))
-    engine, stepper, micro_batches, counts = wire_stepper(config, place, models, train_blocks)
     checkpoints = Checkpoints(folder.checkpoints, keep=config.train.keep_checkpoints)
-    progress = _restore(checkpoints, engine, place.world, state)
+    newest = on_main(checkpoints.newest) if state is RunState.RESUMED else None
+    engine, stepper, micro_batches, counts = wire_stepper(
+        config,
+        place,
+        models,
+        train_blocks,
+        load_universal=newest is not None and newest.world_size != place.world.size,
+    )
+    progress = _restore(checkpoints, newest, engine, place.world, state)
     heldout = None
     if heldout_blocks:
         heldout = _heldout_batches(config, place.world, models.tokenizer, heldout_blocks)
@@ -203,16 +210,21 @@ def build_models(config: Config, place: Place) -> Models:
 
 
 def wire_stepper(
-    config: Config, place: Place, models: Models, blocks: BlockSource
+    config: Config, place: Place, models: Models, blocks: BlockSource, *, load_universal: bool = False
 ) -> tuple[Any, Stepper, MicroBatches, Counts]:
-    """DeepSpeed's engine, the stepper around it, and the batches that it takes."""
+    """DeepSpeed's engine, the stepper around it, and the batches that it takes.
+
+    Args:
+        load_universal: whether the engine will load a checkpoint that another number of ranks saved.
+    """
     optim, world, seed = config.optim, place.world, config.train.seed
     cut = Cut(optim.global_batch, optim.micro_batch, world.rank, world.size)
     vocabulary, seq_len = models.tokenizer.vocabulary, config.data.seq_len
     masking = Masking(config.masking, vocabulary, blocks.token_counts, seq_len=seq_len, seed=seed)
     order = Order(len(blocks), seed=seed, fraction=config.data.fraction)
     counts = Counts(attended=optim.global_batch * seq_len, masked=optim.global_batch * masking.k)
-    engine = start_engine(StepModule(models.student, models.family, config.loss), config, place)
+    module = StepModule(models.student, models.family, config.loss)
+    engine = start_engine(module, config, place, load_universal=load_universal)
     stepper = Stepper(
         engine,
         models.teacher,
@@ -237,7 +249,7 @@ def _heldout_batches(config: Config, world: World, tokenizer: TextTokenizer, blo
     return HeldoutBatches(blocks, masking, micro_batch=size, rank=world.rank, world_size=world.size)
 
 
-def start_engine(module: StepModule, config: Config, place: Place) -> Any:
+def start_engine(module: StepModule, config: Config, place: Place, *, load_universal: bool = False) -> Any:
     """DeepSpeed's engine around student and objective."""
     import deepspeed
 
@@ -250,7 +262,9 @@ def start_engine(module: StepModule, config: Config, place: Place) -> Any:
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
-        config=deepspeed_config.build(place.settings, config.optim, world_size=place.world.size),
+        config=deepspeed_config.build(
+            place.settings, config.optim, world_size=place.world.size, load_universal=load_universal
+        ),
         dist_init_required=False,
     )
     engine.train()
@@ -343,8 +357,9 @@ def _open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokeni
     return blocks
 
 
-def _restore(checkpoints: Checkpoints, engine: Any, world: World, state: RunState) -> Progress:
-    newest = on_main(checkpoints.newest) if state is RunState.RESUMED else None
+def _restore(
+    checkpoints: Checkpoints, newest: Checkpoint | None, engine: Any, world: World, state: RunState
+) -> Progress:
     if newest is None:
         if state is RunState.RESUMED:
             log.info("resuming: no checkpoint yet, so from the first step")

@@ -176,6 +176,7 @@ def _finish(run: Run, writer: RunWriter | None) -> None:
         run.folder.write_summary(summary)
         writer.finish()
         run.folder.write_done()
+        run.folder.leave()
         print("\n" + _last_screen(run, as_console(rows) if heldout else "", samples), flush=True)
 
     on_main(finish_on_main)

@@ -24,6 +24,7 @@ import yaml
 from distilcb.config import REPOSITORY, CommandLine, differences, flatten, to_plain
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import CheckpointError, writing
+from distilcb.train.run_lock import RunLock, refuse_if_held
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,13 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.summary = path / "summary.json"
         self.done = path / "DONE"
+        self._lock: RunLock | None = None
 
     def look(self, command: CommandLine) -> RunState:
         """How far the run got; changes nothing.
 
         Raises:
-            CheckpointError: a folder made with other settings, or that is no run folder.
+            CheckpointError: a folder made with other settings, in use, or that is no run folder.
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file, needed a folder. Give another --run_dir.")
@@ -63,6 +65,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{self.path} holds files but no config.yaml, so it is no run folder. Give another --run_dir."
             )
+        refuse_if_held(self.path)
         if command.fresh:
             return RunState.NEW
         changed = differences(self._begun(), command.config)
@@ -75,21 +78,30 @@ class RunFolder:
     ) -> None:
         """Make the folder of a new run, moving an old one aside; or see that a resumed one finds the same facts.
 
+        Then the folder is this process's until `leave`.
+
         Args:
             provenance: where the run comes from; kept.
             facts: what must be the same at every start, such as precision and a hash of the text.
 
         Raises:
-            CheckpointError: other facts than at the first start.
+            CheckpointError: other facts than at the first start, or a process that trains there.
         """
         if state is RunState.RESUMED:
             begun = self._begun()["provenance"]["facts"]
             changed = [line for name in facts for line in _difference(name, begun.get(name), facts[name])]
             if changed:
                 raise self._other("text or precision", changed)
-            return
         with writing(self.path, CheckpointError, "Give a --run_dir that can be written to."):
-            self._make(command, provenance, facts)
+            if state is RunState.NEW:
+                self._make(command, provenance, facts)
+            self._lock = RunLock(self.path)
+            self._lock.acquire()
+
+    def leave(self) -> None:
+        """Let other processes into the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _make(self, command: CommandLine, provenance: dict[str, Any], facts: dict[str, Any]) -> None:
         if self.path.exists() and any(self.path.iterdir()):

@@ -188,12 +188,16 @@ def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
     assert newest(tmp_path / "missing") is None
 
 
-def test_another_number_of_ranks_is_refused_with_both_numbers(tmp_path):
-    save(tmp_path, 1)
+def test_a_checkpoint_that_cannot_be_converted_for_other_ranks_says_so_and_stays(tmp_path):
+    save(tmp_path, 1)  # a stand-in's files, which DeepSpeed cannot read
     found = newest(tmp_path)
     assert found is not None
-    with pytest.raises(CheckpointError, match="saved on 2 ranks, this start has 3"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be converted for another number of ranks \(.+\)\. Start on as many"
+    ):
         Checkpoints(tmp_path, keep=2).load(None, found, world_size=3)
+    assert newest(tmp_path) == found
+    assert not list(tmp_path.glob(".universal*"))
 
 
 class FullDisk(StandIn):

@@ -148,7 +148,7 @@ class TinyRun:
         return FirstStep(gradient, result.sums, float(result.grad_norm))
 
 
-def start(config: Config, *, hidden_size: int = HIDDEN_SIZE) -> TinyRun:
+def start(config: Config, *, hidden_size: int = HIDDEN_SIZE, load_universal: bool = False) -> TinyRun:
     """Wire a run on this rank, as train/build.py does."""
     world = distributed.start()
     path, _ = deepspeed_config.choose_file(config.deepspeed, cuda=False, cpu_has_bf16=False)
@@ -156,4 +156,4 @@ def start(config: Config, *, hidden_size: int = HIDDEN_SIZE) -> TinyRun:
     precision = deepspeed_config.precision(settings)
     place = Place(world, distributed.device(), settings, precision)
     built = models(config, DTYPES[precision], hidden_size=hidden_size)
-    return TinyRun(built, *wire_stepper(config, place, built, BLOCKS))
+    return TinyRun(built, *wire_stepper(config, place, built, BLOCKS, load_universal=load_universal))

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ class Commands:
         """`deepspeed --num_gpus RANKS launch/PROGRAM.py words`, ended."""
         return _end(start(_deepspeed(ranks, program, words, port)))
 
+    @contextmanager
+    def training(self, *words: object, until_step: int) -> Iterator[subprocess.Popen[str]]:
+        """A run that has taken some steps and goes on; killed where it is left."""
+        process = start([sys.executable, "launch/train.py", *words])
+        run_dir = Path(str(words[words.index("--run_dir") + 1]))
+        try:
+            _wait_for_step(process, run_dir, until_step)
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
+
     def train_until_killed(
         self, run_dir: Path, *words: object, after_step: int, ranks: int = 1, by: int = signal.SIGKILL
     ) -> subprocess.CompletedProcess[str]:
@@ -70,18 +84,20 @@ class Commands:
         words = ("--run_dir", run_dir, *words)
         program = [sys.executable, "launch/train.py", *words] if ranks == 1 else _deepspeed(ranks, "train", words)
         process = start(program)
-        deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not any(line["step"] >= after_step for line in lines(run_dir) if "loss" in line):
-            if process.poll() is not None or time.monotonic() > deadline:
-                ended = _end(process)
-                raise AssertionError(
-                    f"no step {after_step}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}"
-                )
-            time.sleep(0.005)
+        _wait_for_step(process, run_dir, after_step)
         os.killpg(process.pid, by)
         ended = _end(process)
         assert not (run_dir / "DONE").exists(), "it was done before it could be killed"
         return ended
+
+
+def _wait_for_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while not any(line["step"] >= step for line in lines(run_dir) if "loss" in line):
+        if process.poll() is not None or time.monotonic() > deadline:
+            ended = _end(process)
+            raise AssertionError(f"no step {step}: exit code {ended.returncode}\n{ended.stdout}{ended.stderr}")
+        time.sleep(0.005)
 
 
 def start(words: list[Any], environ: dict[str, str] | None = None) -> subprocess.Popen[str]:

@@ -246,6 +246,18 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_keeps_the_checkpoint(comma
     assert not (run_dir / "DONE").exists()
 
 
+def test_a_second_start_in_the_folder_of_a_running_one_is_refused_and_spoils_nothing(commands, tmp_path, metrics):
+    run_dir = tmp_path / "run"
+    words = ["--run_dir", run_dir, *commands.small, "--train.steps", "60"]
+    with commands.training(*words, until_step=2) as first:
+        assert_refused(commands.python("train", *words), "trains there", str(first.pid))
+        assert_refused(commands.python("train", *words, "--fresh"), "trains there")
+        said = first.communicate(timeout=200)
+    assert first.returncode == 0, said
+    assert [line["step"] for line in metrics(run_dir) if "loss" in line] == list(range(1, 61))
+    assert not (run_dir / ".lock").exists()
+
+
 def test_a_folder_of_other_files_is_not_taken_for_a_run(commands, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     ended = commands.python("train", "--run_dir", tmp_path, *commands.small)

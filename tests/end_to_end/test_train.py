@@ -228,12 +228,17 @@ def test_changed_text_is_refused(commands, interrupted):
     assert snapshot(interrupted["killed"]) == before
 
 
-def test_another_number_of_ranks_is_refused(commands, on_two_ranks):
-    checkpoints = on_two_ranks["killed"] / "checkpoints"
-    before = snapshot(checkpoints / "step_00000002")
-    ended = commands.python("train", "--run_dir", on_two_ranks["killed"], *commands.small)
-    assert_refused(ended, str(checkpoints / "step_00000002"), "was saved on 2 ranks, this start has 1")
-    assert snapshot(checkpoints / "step_00000002") == before
+def test_a_run_killed_on_two_ranks_goes_on_on_one(commands, on_two_ranks, metrics, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(on_two_ranks["killed"], run_dir)
+    ended = commands.python("train", "--run_dir", run_dir, *commands.small)
+    assert ended.returncode == 0, ended.stderr
+    assert "from 2 ranks to 1" in ended.stderr
+    resumed, whole = curve(metrics(run_dir)), curve(metrics(on_two_ranks["whole"]))
+    assert list(resumed) == list(whole)
+    for step, figures in whole.items():
+        assert resumed[step] == pytest.approx(figures, rel=1e-4)
+    assert not list((run_dir / "checkpoints").glob("*universal*"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,115 @@
+"""One process at a time in a run folder: a file that says who is there, and is kept fresh while it is.
+
+A lock is left over where its process is gone from this machine, where it belongs to an earlier start of this same Slurm
+job, or where nobody has freshened it for a while (on another machine nothing else can be known).
+"""
+
+import json
+import os
+import platform
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from distilcb.distributed import at_exit
+from distilcb.errors import CheckpointError
+
+LOCK = ".lock"
+_FRESHEN_EVERY_SECONDS = 20.0
+_LEFT_OVER_AFTER_SECONDS = 300.0
+
+
+class RunLock:
+    """Held from `acquire` to `release`, or to the end of the process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._released = threading.Event()
+
+    def acquire(self) -> None:
+        """Take the lock of a folder that is there, in place of one that is left over.
+
+        Raises:
+            CheckpointError: another process trains in the folder.
+        """
+        with FileLock(self.path.with_name(f"{LOCK}.guard")):  # of two that find one left over, the first takes it
+            refuse_if_held(self.path.parent)
+            self.path.write_text(json.dumps(_who_we_are()), encoding="utf-8")
+        at_exit(self.release)
+        threading.Thread(target=self._keep_fresh, daemon=True, name="run lock").start()
+
+    def release(self) -> None:
+        """Leave the folder to others; a second time does nothing."""
+        if not self._released.is_set():
+            self._released.set()
+            self.path.unlink(missing_ok=True)
+            self.path.with_name(f"{LOCK}.guard").unlink(missing_ok=True)
+
+    def _keep_fresh(self) -> None:
+        while not self._released.wait(_FRESHEN_EVERY_SECONDS):
+            try:
+                os.utime(self.path)
+            except OSError:
+                return  # the folder was moved or deleted: nothing left to guard
+
+
+def refuse_if_held(folder: Path) -> None:
+    """Raise CheckpointError where a process trains in the folder."""
+    path = folder / LOCK
+    holder = _read(path)
+    if holder is not None and _is_there(path, holder):
+        raise _held(path, holder)
+
+
+def _who_we_are() -> dict[str, Any]:
+    return {
+        "host": platform.node(),
+        "pid": os.getpid(),
+        "process_started": _start_of(os.getpid()),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a lock says; an unreadable one says nothing but that it is there."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        found = None
+    return found if isinstance(found, dict) else {}
+
+
+def _is_there(path: Path, holder: dict[str, Any]) -> bool:
+    if holder.get("host") == platform.node():
+        return holder.get("pid") != os.getpid() and _start_of(holder.get("pid")) == holder.get("process_started")
+    if holder.get("slurm_job") and holder["slurm_job"] == os.environ.get("SLURM_JOB_ID"):
+        return False  # this job, before it was requeued
+    try:
+        return time.time() - path.stat().st_mtime < _LEFT_OVER_AFTER_SECONDS
+    except OSError:
+        return False
+
+
+def _start_of(pid: Any) -> str | None:
+    """When a process of this machine started, in ticks since boot (its number may come again); None if it is gone."""
+    try:
+        # The name, in brackets, may hold anything; the 20th field after it is the start.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return None
+
+
+def _held(path: Path, holder: dict[str, Any] | None) -> CheckpointError:
+    holder = holder or {}
+    job = f", Slurm job {holder['slurm_job']}" if holder.get("slurm_job") else ""
+    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}{job}, since {holder.get('since', '?')}"
+    return CheckpointError(
+        f"{path.parent}: {who}, trains there. Wait for it, end it, or give another --run_dir. Should it be gone for "
+        f"good, the folder is free {_LEFT_OVER_AFTER_SECONDS / 60:.0f} minutes after its last sign of life."
+    )

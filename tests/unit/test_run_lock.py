@@ -1,0 +1,110 @@
+"""One process at a time in a run folder."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import pytest
+
+from distilcb.errors import CheckpointError
+from distilcb.train import run_lock
+from distilcb.train.run_lock import RunLock, refuse_if_held
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """Writes a lock as another machine would."""
+
+    def write(*, seconds_ago=0.0, **facts):
+        path = tmp_path / run_lock.LOCK
+        path.write_text(json.dumps({"host": "another", "pid": 7, "slurm_job": None, "since": "noon"} | facts))
+        when = time.time() - seconds_ago
+        os.utime(path, (when, when))
+
+    return write
+
+
+@pytest.fixture
+def other_process():
+    """A process of this machine that lives until the test ends."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_folder_is_free_until_it_is_taken_and_again_afterwards(tmp_path):
+    refuse_if_held(tmp_path)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    facts = json.loads(lock.path.read_text())
+    assert (facts["host"], facts["pid"]) == (platform.node(), os.getpid())
+    lock.release()
+    assert list(tmp_path.iterdir()) == []
+    lock.release()
+    RunLock(tmp_path).acquire()
+
+
+def test_a_process_of_this_machine_that_lives_keeps_others_out(tmp_path, other_process):
+    started = run_lock._start_of(other_process.pid)
+    facts = {"host": platform.node(), "pid": other_process.pid, "process_started": started, "since": "noon"}
+    path = tmp_path / run_lock.LOCK
+    path.write_text(json.dumps(facts))
+    os.utime(path, (0, 0))  # it need not be fresh: that it lives can be seen
+    with pytest.raises(CheckpointError, match=f"process {other_process.pid} on .*since noon, trains there"):
+        RunLock(tmp_path).acquire()
+    assert json.loads(path.read_text()) == facts
+    other_process.kill()
+    other_process.wait()
+    RunLock(tmp_path).acquire()
+
+
+def test_a_number_that_another_process_has_by_now_keeps_nobody_out(tmp_path, other_process):
+    facts = {"host": platform.node(), "pid": other_process.pid, "process_started": "1"}
+    (tmp_path / run_lock.LOCK).write_text(json.dumps(facts))
+    refuse_if_held(tmp_path)
+
+
+def test_another_machine_keeps_others_out_while_its_lock_is_fresh(tmp_path, elsewhere):
+    elsewhere(seconds_ago=100)
+    with pytest.raises(CheckpointError, match="process 7 on another"):
+        refuse_if_held(tmp_path)
+    elsewhere(seconds_ago=1000)
+    refuse_if_held(tmp_path)
+
+
+@pytest.mark.parametrize(("ours", "free"), [("41", False), ("42", True), (None, False)])
+def test_a_requeued_job_takes_over_its_own_lock_and_no_other_does(tmp_path, elsewhere, monkeypatch, ours, free):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if ours:
+        monkeypatch.setenv("SLURM_JOB_ID", ours)
+    elsewhere(slurm_job="42")
+    if free:
+        refuse_if_held(tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match="Slurm job 42"):
+            refuse_if_held(tmp_path)
+
+
+def test_a_lock_that_cannot_be_read_keeps_others_out_for_a_while(tmp_path):
+    path = tmp_path / run_lock.LOCK
+    path.write_text("half of")
+    with pytest.raises(CheckpointError, match="trains there"):
+        refuse_if_held(tmp_path)
+    os.utime(path, (0, 0))
+    refuse_if_held(tmp_path)
+
+
+def test_a_lock_is_kept_fresh(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_FRESHEN_EVERY_SECONDS", 0.05)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    os.utime(lock.path, (0, 0))
+    deadline = time.monotonic() + 20
+    while lock.path.stat().st_mtime == 0 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert time.time() - lock.path.stat().st_mtime < 20
+    lock.release()
