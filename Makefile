@@ -25,7 +25,7 @@ demo: $(INSTALLED)
 	$(BIN)/deepspeed launch/train.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

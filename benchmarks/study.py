@@ -25,11 +25,10 @@ from typing import Any
 import torch
 
 from distilcb import distributed
-from distilcb.config import REPOSITORY, DataConfig, MaskingConfig, cache_folder, load_recipe
+from distilcb.config import REPOSITORY, DataConfig, cache_folder, load_recipe
 from distilcb.data.blocks import Blocks
 from distilcb.data.corpus import Damage, read_documents
-from distilcb.data.loader import HeldoutBatches
-from distilcb.data.masking import Masking
+from distilcb.data.loader import HeldoutBatches, fixed_heldout_batches
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.engine.checkpoint import write_durably
@@ -134,9 +133,7 @@ class Texts:
 
     def batches(self, source: str) -> HeldoutBatches:
         """The masks that a run's own evaluation uses."""
-        blocks, plain = self.blocks[source], MaskingConfig(smoothing=0.0)
-        masking = Masking(plain, self.tokenizer.vocabulary, blocks.token_counts, seq_len=self.seq_len, seed=0)
-        return HeldoutBatches(blocks, masking, micro_batch=64, rank=0, world_size=1)
+        return fixed_heldout_batches(self.blocks[source], self.tokenizer.vocabulary, micro_batch=64)
 
 
 def _sources(path: Path) -> list[str]:

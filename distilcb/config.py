@@ -1,18 +1,16 @@
-"""What a run is told: frozen sections, read from defaults < recipe < command line, checked all at once.
+"""What a run is told: frozen sections, read from a recipe over the defaults, checked all at once.
 
 The sections are pydantic dataclasses, because pydantic reports every fault of an input together where other
 config libraries stop at the first. This module imports no torch, so `--help` answers at once.
 """
 
-import argparse
 import difflib
 import json
 import os
-import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
 
@@ -204,18 +202,6 @@ RESULT_NEUTRAL = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class CommandLine:
-    """A parsed command line: the configuration, and what concerns this start only."""
-
-    config: Config
-    recipe: Path
-    run_dir: Path
-    fresh: bool
-    dry_run: bool
-    words: tuple[str, ...]
-
-
 def flatten(config: object, prefix: str = "") -> dict[str, Any]:
     """Dotted names to values, such as {"optim.lr": 5e-4}, of a dataclass or nested dict."""
     tree = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
@@ -243,38 +229,10 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
     ]
 
 
-def parse_command_line(words: Sequence[str]) -> CommandLine:
-    """Read `--recipe`, run options and `--section.name value` overrides into a checked configuration.
-
-    Raises:
-        ConfigError: with every fault found, one a line.
-    """
-    parser = _parser()
-    known, unknown = parser.parse_known_args(list(words))
-    overrides = {name: value for name, value in vars(known).items() if value is not None and "." in name}
-    if known.deepspeed is not None:
-        overrides["deepspeed"] = known.deepspeed
-    faults = _unknown_options(unknown)
-    recipe = Path(known.recipe).resolve()
-    found = len(faults)
-    tree = _read_recipe(recipe, faults)
-    readable = len(faults) == found
-    for name, text in overrides.items():
-        _set(tree, name, _parse_value(name, text))
-    if readable and not (known.dry_run or known.print_config or _names_text(tree)):
-        faults.append("data.train is empty: name text or prepared blocks with --data.train FILE_OR_FOLDER")
-    config = validate(tree, faults)
-    if known.print_config:
-        print(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), end="")
-        raise SystemExit(0)
-    run_dir = Path(known.run_dir) if known.run_dir else Path("runs") / recipe.stem
-    return CommandLine(config, recipe, run_dir.absolute(), known.fresh, known.dry_run, tuple(words))
-
-
 def load_recipe(path: Path) -> Config:
     """The configuration of a recipe file without overrides."""
     faults: list[str] = []
-    return validate(_read_recipe(path, faults), faults)
+    return validate(read_recipe(path, faults), faults)
 
 
 def validate(tree: dict[str, Any], faults: Sequence[str] = ()) -> Config:
@@ -319,78 +277,35 @@ def cache_folder(data: DataConfig) -> Path:
     return Path(data.cache) if data.cache else Path(home) / "distilcb"
 
 
-def _options(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+def options(cls: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
     """(dotted name, type, default, meaning) of every setting."""
     meanings = {name: info.description or "" for name, info in cls.__pydantic_fields__.items()}  # type: ignore[attr-defined]
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in fields(cls):
         hint = hints[field.name]
         if is_dataclass(hint):
-            yield from _options(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            yield from options(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
             yield f"{prefix}{field.name}", hint, field.default, meanings[field.name]
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """How a user may write a type: int, [int,...]|null, linear|cosine."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is type(None):
         return "null"
     if origin is Annotated:
-        return _type_name(arguments[0])
+        return type_name(arguments[0])
     if origin is Literal:
         return "|".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
-        return "|".join(_type_name(argument) for argument in arguments)
+        return "|".join(type_name(argument) for argument in arguments)
     if origin is tuple:
-        return "[" + ",".join("..." if a is Ellipsis else _type_name(a) for a in arguments) + "]"
+        return "[" + ",".join("..." if a is Ellipsis else type_name(a) for a in arguments) + "]"
     return getattr(hint, "__name__", str(hint))
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose faults are those of a user: one message, on one rank."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.usage = "%(prog)s [--recipe FILE] [--section.name VALUE ...]"
-    parser.description = (
-        "Distil a teacher into a smaller student. Every setting of a recipe can be given here as --section.name VALUE. "
-        "Defaults are those of the published recipe; recipes/mini.yaml, which runs where none is named, sets its own."
-    )
-    parser.add_argument("--recipe", default=str(DEFAULT_RECIPE), help="YAML recipe (default: recipes/mini.yaml)")
-    parser.add_argument("--run_dir", help="run folder (default: runs/<the recipe's name>)")
-    parser.add_argument("--fresh", action="store_true", help="start anew; a folder that is there is moved aside")
-    parser.add_argument("--dry_run", action="store_true", help="a few real steps on random tokens, then a report")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and end")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
-    groups: dict[str, Any] = {}
-    for name, hint, default, meaning in _options():
-        head = name.split(".")[0] if "." in name else "other"
-        group = groups.setdefault(head, parser.add_argument_group(head))
-        shown = default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)
-        help_text = f"{meaning} (default: {shown})".replace("%", "%%")
-        group.add_argument(f"--{name}", dest=name, metavar=_type_name(hint).replace("%", "%%"), help=help_text)
-    return parser
-
-
-def _unknown_options(unknown: Sequence[str]) -> list[str]:
-    names = [name for name, *_ in _options()] + ["recipe", "run_dir", "fresh", "dry_run", "print_config"]
-    faults = []
-    for word in unknown:
-        if word.startswith("--"):
-            faults.append(f"unknown option --{_with_nearest(word[2:].split('=')[0], names)}")
-        elif not faults:
-            faults.append(
-                f"unexpected word {word!r}: options are written --section.name VALUE, several files as a.txt,b.txt "
-                "or as a glob in quotes, a name with spaces in quotes"
-            )
-    return faults
-
-
-def _with_nearest(name: str, names: Sequence[str]) -> str:
+def with_nearest(name: str, names: Sequence[str]) -> str:
     """`name` and what may have been meant: the same word elsewhere, a like one, or all that its section has."""
     section, _, word = name.rpartition(".")
     inside = {each.rpartition(".")[2]: each for each in names if each.rpartition(".")[0] == section}
@@ -402,7 +317,8 @@ def _with_nearest(name: str, names: Sequence[str]) -> str:
     return f"{name}: {section} has {', '.join(inside)}" if section and inside else f"{name}: --help lists every one"
 
 
-def _read_recipe(path: Path, faults: list[str]) -> dict[str, Any]:
+def read_recipe(path: Path, faults: list[str]) -> dict[str, Any]:
+    """The sections of a recipe file, unchecked; what keeps it from being read is added to `faults`."""
     try:
         text = path.read_text(encoding="utf-8").replace("{recipe_dir}", str(path.resolve().parent))
         tree = yaml.load(text, Loader=_UniqueKeyLoader)
@@ -433,42 +349,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _parse_value(name: str, text: str) -> object:
-    hint = next(hint for option, hint, *_ in _options() if option == name)
-    words = _type_name(hint).split("|")
-    if "null" in words and text == "null":
-        return None
-    if "str" in words or (hint is Paths and not text.startswith("[")):
-        return text.split(",") if hint is Paths else text
-    if any(re.match(r"\[(int|float)\b", word) for word in words) and "," in text and "[" not in text:
-        text = f"[{text}]"  # 0,2,4
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-
-
-def _names_text(tree: dict[str, Any]) -> bool:
-    data = tree.get("data")
-    return isinstance(data, dict) and bool(data.get("train"))
-
-
-def _set(tree: dict[str, Any], dotted: str, value: object) -> None:
-    *sections, name = dotted.split(".")
-    for part in sections:
-        inner = tree.get(part, {})
-        if not isinstance(inner, dict):
-            return  # a section that is none: validate says so
-        tree[part] = dict(inner)
-        tree = tree[part]
-    tree[name] = value
-
-
 def _describe(fault: Any) -> str:
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         sections = [field.name for field in fields(Config)]
-        return f"unknown setting {_with_nearest(path, [name for name, *_ in _options()] + sections)}"
+        return f"unknown setting {with_nearest(path, [name for name, *_ in options()] + sections)}"
     if fault["type"] == "tuple_type":
         return f"{path}={fault['input']!r}: needed a list, such as [0,2,4]"
     if fault["type"] == "dataclass_type":
@@ -478,7 +363,7 @@ def _describe(fault: Any) -> str:
 
 def _boolean_faults(tree: dict[str, Any]) -> list[str]:
     """true and false where a number belongs: pydantic takes them for 1 and 0."""
-    kinds = {name: _type_name(hint).split("|")[0] for name, hint, *_ in _options()}
+    kinds = {name: type_name(hint).split("|")[0] for name, hint, *_ in options()}
     return [
         f"{name}={value!r}: Input should be a number, not a boolean"
         for name, value in flatten(tree).items()

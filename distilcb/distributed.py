@@ -7,7 +7,6 @@ a launch that is refused should wait for them.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import logging
 import os
 import shutil
@@ -15,11 +14,20 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distilcb.errors import LaunchError, TrainingError, UserError
 from distilcb.launcher import World, discover, export, says_rank_zero
+from distilcb.machine import (
+    is_compiled,
+    keep_freed_memory,
+    quiet_accelerator_search,
+    select_cuda_device,
+    size_cpu_threads,
+    use_own_tools,
+    uses_cuda,
+    wait_for_compiler,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +38,6 @@ T = TypeVar("T")
 _RANK_ZERO_SPEAKS_FIRST_SECONDS = 4.0
 # As shells do for SIGINT.
 _INTERRUPTED = 130
-_COMPILATION_TAKES_AT_MOST_SECONDS = 600.0
-# From glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 _last_actions: list[Callable[[], None]] = []
 
@@ -56,70 +61,14 @@ def start(*, use_mpi: bool = False, timeout_minutes: float = 30) -> World:
     export(world, os.environ)
     use_own_tools()
     if uses_cuda():
-        _select_cuda_device(world)
+        select_cuda_device(world)
     else:
-        _size_cpu_threads(world)
-        _keep_freed_memory()
-        _quiet_accelerator_search()
+        size_cpu_threads(world)
+        keep_freed_memory()
+        quiet_accelerator_search()
     if _process_group() is None:
         _meet(world, timeout=timedelta(minutes=timeout_minutes))
     return world
-
-
-def use_own_tools() -> None:
-    """Let DeepSpeed compile with this environment's `ninja`, and keep what it compiles in this environment.
-
-    Where two environments share a folder, or a CPU and a GPU of one, each start compiles anew what the other has left.
-    TORCH_EXTENSIONS_DIR goes first; an environment that cannot be written to leaves torch its own folder.
-    """
-    own = str(Path(sys.executable).parent)
-    paths = os.environ.get("PATH", os.defpath).split(os.pathsep)
-    if paths[0] != own:
-        os.environ["PATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])
-    if not os.environ.get("TORCH_EXTENSIONS_DIR") and os.access(sys.prefix, os.W_OK):
-        kind = "cuda" if uses_cuda() else "cpu"
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions" / kind)
-
-
-def compiled_operators_folder() -> Path:
-    """Where torch keeps the operators that it compiles, once `use_own_tools` has been called."""
-    if own := os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return Path(own)
-    from torch.utils.cpp_extension import get_default_build_root
-
-    return Path(get_default_build_root())
-
-
-def is_compiled(operator: str) -> bool:
-    """Whether torch has compiled an operator, such as fused_adam, for this environment."""
-    folder = compiled_operators_folder()
-    if os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return (folder / operator / f"{operator}.so").is_file()
-    return any(folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*/{operator}/{operator}.so"))
-
-
-def wait_for_compiler(operator: str) -> None:
-    """Wait while another process compiles an operator; a lock that a killed one has left would be waited for for ever.
-
-    Raises:
-        LaunchError: the lock is older than any compilation takes.
-    """
-    folders = [compiled_operators_folder() / operator, *compiled_operators_folder().glob(f"*/{operator}")]
-    told = False
-    while locks := [folder / "lock" for folder in folders if (folder / "lock").exists()]:
-        try:
-            age = time.time() - locks[0].stat().st_mtime
-        except FileNotFoundError:
-            continue
-        if age > _COMPILATION_TAKES_AT_MOST_SECONDS:
-            raise LaunchError(
-                f"{locks[0]} says that a process compiles {operator}, but it is {age / 60:.0f} minutes old: that "
-                "process was killed. Remove the file and start again."
-            )
-        if not told:
-            _log.info("another process compiles %s: waiting for it (%s)", operator, locks[0])
-            told = True
-        time.sleep(0.5)
 
 
 def stop() -> None:
@@ -190,7 +139,7 @@ def configure_logging(world: World) -> None:
 
     disable_progress_bar()  # one a model, for the second that its weights take
     if not uses_cuda():
-        _quiet_accelerator_search()
+        quiet_accelerator_search()
 
 
 def _process_group() -> Any:
@@ -203,52 +152,6 @@ def _process_group_of_several() -> Any:
     """torch.distributed where there is another rank to talk to, else None."""
     group = _process_group()
     return group if group and group.get_world_size() > 1 else None
-
-
-def uses_cuda() -> bool:
-    """Whether ranks have a GPU each. DS_ACCELERATOR=cpu leaves GPUs alone, as it does for DeepSpeed."""
-    import torch
-
-    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
-
-
-def _select_cuda_device(world: World) -> None:
-    import torch
-
-    devices = torch.cuda.device_count()
-    if world.local_rank >= devices or world.local_size > devices:  # all ranks of the machine fail alike
-        raise LaunchError(
-            f"rank {world.rank} has local rank {world.local_rank} but sees {devices} CUDA device(s). Start "
-            "one task per GPU, and let each see all GPUs of its machine: --ntasks-per-node=4 and "
-            "--gres=gpu:4, without --gpus-per-task, --gpu-bind or a CUDA_VISIBLE_DEVICES of fewer."
-        )
-    torch.cuda.set_device(world.local_rank)
-
-
-def _size_cpu_threads(world: World) -> None:
-    """Divide the cores among the ranks of this machine: left alone, each takes them all."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Where the local size is unknown, all ranks may be here.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (world.local_size or world.size)))
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep what tensors free: given back and asked for again, as by default, every page is zeroed anew.
-
-    A step of the demo spent a third of its time on that. MALLOC_* variables and GLIBC_TUNABLES go first.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def _quiet_accelerator_search() -> None:
-    """Tell DeepSpeed that it is to use the CPU; it warns, when it is imported, where it has to find out."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _meet(world: World, *, timeout: timedelta) -> None:

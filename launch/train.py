@@ -2,7 +2,7 @@
 
 import sys
 
-from distilcb.config import parse_command_line
+from distilcb.command_line import parse_command_line
 from distilcb.distributed import exit_code, stop
 
 

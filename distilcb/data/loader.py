@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from distilcb.data.blocks import BlockSource
+from distilcb.config import MaskingConfig
+from distilcb.data.blocks import Blocks, BlockSource
 from distilcb.data.masking import Masking
 from distilcb.data.order import Order
+from distilcb.data.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,12 @@ class HeldoutBatches:
         for start in range(0, self._rows.size, self.micro_batch):
             rows = self._rows[start : start + self.micro_batch]
             yield make_batch(self.masking, self.blocks.read(rows), rows, np.full_like(rows, number))
+
+
+def fixed_heldout_batches(
+    blocks: Blocks, vocabulary: Vocabulary, *, micro_batch: int, rank: int = 0, world_size: int = 1
+) -> HeldoutBatches:
+    """15 % of the tokens, all alike, from a fixed seed: the same words are asked whatever a run trains on."""
+    seq_len = blocks.description.seq_len
+    masking = Masking(MaskingConfig(smoothing=0.0), vocabulary, blocks.token_counts, seq_len=seq_len, seed=0)
+    return HeldoutBatches(blocks, masking, micro_batch=micro_batch, rank=rank, world_size=world_size)

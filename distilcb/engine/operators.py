@@ -9,15 +9,9 @@ import subprocess
 import sys
 import time
 
-from distilcb.distributed import (
-    compiled_operators_folder,
-    exit_code,
-    is_compiled,
-    use_own_tools,
-    uses_cuda,
-    wait_for_compiler,
-)
+from distilcb.distributed import exit_code
 from distilcb.errors import LaunchError
+from distilcb.machine import compiled_operators_folder, is_compiled, use_own_tools, uses_cuda, wait_for_compiler
 
 FUSED_ADAM, CPU_COMMUNICATION = "fused_adam", "deepspeed_shm_comm"
 TIMEOUT_SECONDS = 900

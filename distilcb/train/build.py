@@ -11,22 +11,16 @@ from typing import Any
 import torch
 
 from distilcb import distributed
-from distilcb.config import (
-    CommandLine,
-    Config,
-    DataConfig,
-    MaskingConfig,
-    accumulation_steps,
-    cache_folder,
-)
+from distilcb.command_line import CommandLine
+from distilcb.config import Config, DataConfig, accumulation_steps, cache_folder
 from distilcb.data.blocks import Blocks, BlockSource, check_fits
 from distilcb.data.corpus import find_sources
-from distilcb.data.loader import Batch, Cut, HeldoutBatches, MicroBatches, training_batches
+from distilcb.data.loader import Batch, Cut, HeldoutBatches, MicroBatches, fixed_heldout_batches, training_batches
 from distilcb.data.masking import Masking
 from distilcb.data.order import Order
 from distilcb.data.prepare import prepare_cached, prepared_folder
 from distilcb.data.tokenizer import TextTokenizer
-from distilcb.distributed import is_compiled, on_main, wait_for_compiler
+from distilcb.distributed import on_main
 from distilcb.engine import deepspeed_config
 from distilcb.engine.checkpoint import Checkpoint, Checkpoints
 from distilcb.engine.operators import FUSED_ADAM
@@ -37,6 +31,7 @@ from distilcb.errors import ConfigError, ModelError
 from distilcb.export.hugging_face import save_recipe_of_model
 from distilcb.launcher import World
 from distilcb.losses.triplet import Counts
+from distilcb.machine import is_compiled, uses_cuda, wait_for_compiler
 from distilcb.models.families import Family
 from distilcb.models.loading import hash_weights, load_masked_lm
 from distilcb.models.student import build_student
@@ -157,7 +152,10 @@ def build(command: CommandLine) -> Run | None:
     progress = _restore(checkpoints, newest, engine, place.world, state)
     heldout = None
     if heldout_blocks:
-        heldout = _heldout_batches(config, place.world, models.tokenizer, heldout_blocks)
+        # Nothing is kept for a backward pass, so that more fits than in training.
+        micro_batch = max(config.optim.micro_batch, _HELDOUT_TOKENS // config.data.seq_len)
+        vocabulary, rank, size = models.tokenizer.vocabulary, place.world.rank, place.world.size
+        heldout = fixed_heldout_batches(heldout_blocks, vocabulary, micro_batch=micro_batch, rank=rank, world_size=size)
     return Run(config, place, folder, models, engine, stepper, micro_batches, heldout, checkpoints, progress, counts)
 
 
@@ -241,14 +239,6 @@ def wire_stepper(
     return engine, stepper, MicroBatches(blocks, order, masking, cut), counts
 
 
-def _heldout_batches(config: Config, world: World, tokenizer: TextTokenizer, blocks: Blocks) -> HeldoutBatches:
-    """15 % of the tokens, all alike, from a fixed seed: the same words are asked whatever a run trains on."""
-    plain, seq_len = MaskingConfig(smoothing=0.0), config.data.seq_len
-    masking = Masking(plain, tokenizer.vocabulary, blocks.token_counts, seq_len=seq_len, seed=0)
-    size = max(config.optim.micro_batch, _HELDOUT_TOKENS // seq_len)  # nothing is kept for a backward pass
-    return HeldoutBatches(blocks, masking, micro_batch=size, rank=world.rank, world_size=world.size)
-
-
 def start_engine(module: StepModule, config: Config, place: Place, *, load_universal: bool = False) -> Any:
     """DeepSpeed's engine around student and objective."""
     import deepspeed
@@ -273,7 +263,7 @@ def start_engine(module: StepModule, config: Config, place: Place, *, load_unive
 
 
 def _deepspeed_settings(config: Config) -> tuple[dict[str, Any], str]:
-    cuda = distributed.uses_cuda()
+    cuda = uses_cuda()
     path, why = deepspeed_config.choose_file(config.deepspeed, cuda=cuda, cpu_has_bf16=deepspeed_config.cpu_has_bf16())
     settings = deepspeed_config.read_file(path)
     if deepspeed_config.precision(settings) == "fp16" and not cuda:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from distilcb.config import CommandLine, Config, accumulation_steps
+from distilcb.command_line import CommandLine
+from distilcb.config import Config, accumulation_steps
 from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import training_batches
 from distilcb.distributed import all_reduce_sum, barrier, on_main

@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from distilcb.config import REPOSITORY, CommandLine, differences, flatten, to_plain
+from distilcb.command_line import CommandLine
+from distilcb.config import REPOSITORY, differences, flatten, to_plain
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import CheckpointError, writing
 from distilcb.train.run_lock import RunLock, refuse_if_held

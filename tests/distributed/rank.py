@@ -7,7 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from distilcb.distributed import exit_code, stop, use_own_tools
+from distilcb.distributed import exit_code, stop
+from distilcb.machine import use_own_tools
 
 MEETING, ARGUMENTS, RESULT = "meeting", "arguments.pt", "result_{rank}.pt"
 

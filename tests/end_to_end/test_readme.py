@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from distilcb.config import REPOSITORY, parse_command_line
+from distilcb.command_line import parse_command_line
+from distilcb.config import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SHORT = ["--train.steps", "2", "--train.eval_maskings", "2", "--train.eval_every", "0"]

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from refusal import assert_refused
 
-from distilcb.config import REPOSITORY, flatten, parse_command_line, to_plain
+from distilcb.command_line import parse_command_line
+from distilcb.config import REPOSITORY, flatten, to_plain
 
 pytestmark = pytest.mark.launch
 

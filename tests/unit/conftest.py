@@ -1,7 +1,10 @@
 """Tiny models and batches, built in code."""
 
+import os
+
 import pytest
 import torch
+from launcher_environments import clean_environ
 
 from distilcb.config import DEFAULT_RECIPE
 from distilcb.data.loader import Batch
@@ -28,6 +31,14 @@ def tiny_model():
 def tiny_batch():
     """Builds a micro-batch of random tokens: tiny_batch(blocks=2, length=16, masked=4, seed=1)."""
     return build_tiny_batch
+
+
+@pytest.fixture
+def environ_of_nobody(monkeypatch):
+    """os.environ without a trace of a launcher; what a test sets goes away after it."""
+    for name in clean_environ().keys() ^ os.environ.keys():
+        monkeypatch.delenv(name)
+    return monkeypatch
 
 
 @pytest.fixture(scope="session")

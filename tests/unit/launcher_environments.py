@@ -1,5 +1,8 @@
 """Environments such as each launcher makes."""
 
+import os
+import re
+
 TORCHRUN = {
     "RANK": "5",
     "WORLD_SIZE": "8",
@@ -31,3 +34,10 @@ SRUN = BATCH_SHELL | {
     "SLURM_NODEID": "1",
     "SLURM_LOCALID": "2",
 }
+
+
+def clean_environ() -> dict[str, str]:
+    """os.environ without a trace of a launcher."""
+    launchers = r"SLURM_.*|OMPI_.*|MV2_.*|PMI_.*|MPI_LOCAL.*|MASTER_.*|(LOCAL_|GROUP_)?RANK|.*WORLD_SIZE|LOCAL_SIZE"
+    settings = r"TORCHELASTIC_.*|DS_ACCELERATOR|OMP_NUM_THREADS"
+    return {name: text for name, text in os.environ.items() if not re.fullmatch(f"{launchers}|{settings}", name)}

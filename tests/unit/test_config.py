@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from distilcb import config as config_module
+from distilcb.command_line import parse_command_line
 from distilcb.config import (
     REPOSITORY,
     RESULT_NEUTRAL,
@@ -25,7 +26,6 @@ from distilcb.config import (
     differences,
     flatten,
     load_recipe,
-    parse_command_line,
     to_plain,
     validate,
 )

@@ -5,7 +5,8 @@ import re
 import pytest
 import yaml
 
-from distilcb.config import DEFAULT_RECIPE, REPOSITORY, flatten, load_recipe, parse_command_line, to_plain
+from distilcb.command_line import parse_command_line
+from distilcb.config import DEFAULT_RECIPE, REPOSITORY, flatten, load_recipe, to_plain
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

@@ -12,8 +12,9 @@ from distilcb.config import REPOSITORY
 # Parts of a layer import from those before it, and not from each other.
 LAYERS = [
     {"errors"},
-    {"launcher", "hub"},
-    {"config", "distributed"},
+    {"launcher", "hub", "config"},
+    {"command_line", "machine"},
+    {"distributed"},
     {"data", "models", "losses", "monitor"},
     {"engine"},
     {"eval", "export"},

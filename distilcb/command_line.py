@@ -1,0 +1,143 @@
+"""The command line of launch/train.py: a recipe, run options, and --section.name VALUE over the recipe's settings.
+
+Imports no torch, so `--help` answers at once.
+"""
+
+import argparse
+import json
+import re
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distilcb.config import (
+    DEFAULT_RECIPE,
+    Config,
+    Paths,
+    options,
+    read_recipe,
+    to_plain,
+    type_name,
+    validate,
+    with_nearest,
+)
+from distilcb.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A parsed command line: the configuration, and what concerns this start only."""
+
+    config: Config
+    recipe: Path
+    run_dir: Path
+    fresh: bool
+    dry_run: bool
+    words: tuple[str, ...]
+
+
+def parse_command_line(words: Sequence[str]) -> CommandLine:
+    """Read `--recipe`, run options and `--section.name value` overrides into a checked configuration.
+
+    Raises:
+        ConfigError: with every fault found, one a line.
+    """
+    parser = _parser()
+    known, unknown = parser.parse_known_args(list(words))
+    overrides = {name: value for name, value in vars(known).items() if value is not None and "." in name}
+    if known.deepspeed is not None:
+        overrides["deepspeed"] = known.deepspeed
+    faults = _unknownoptions(unknown)
+    recipe = Path(known.recipe).resolve()
+    found = len(faults)
+    tree = read_recipe(recipe, faults)
+    readable = len(faults) == found
+    for name, text in overrides.items():
+        _set(tree, name, _parse_value(name, text))
+    if readable and not (known.dry_run or known.print_config or _names_text(tree)):
+        faults.append("data.train is empty: name text or prepared blocks with --data.train FILE_OR_FOLDER")
+    config = validate(tree, faults)
+    if known.print_config:
+        print(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), end="")
+        raise SystemExit(0)
+    run_dir = Path(known.run_dir) if known.run_dir else Path("runs") / recipe.stem
+    return CommandLine(config, recipe, run_dir.absolute(), known.fresh, known.dry_run, tuple(words))
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose faults are those of a user: one message, on one rank."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(message)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.usage = "%(prog)s [--recipe FILE] [--section.name VALUE ...]"
+    parser.description = (
+        "Distil a teacher into a smaller student. Every setting of a recipe can be given here as --section.name VALUE. "
+        "Defaults are those of the published recipe; recipes/mini.yaml, which runs where none is named, sets its own."
+    )
+    parser.add_argument("--recipe", default=str(DEFAULT_RECIPE), help="YAML recipe (default: recipes/mini.yaml)")
+    parser.add_argument("--run_dir", help="run folder (default: runs/<the recipe's name>)")
+    parser.add_argument("--fresh", action="store_true", help="start anew; a folder that is there is moved aside")
+    parser.add_argument("--dry_run", action="store_true", help="a few real steps on random tokens, then a report")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and end")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    groups: dict[str, Any] = {}
+    for name, hint, default, meaning in options():
+        head = name.split(".")[0] if "." in name else "other"
+        group = groups.setdefault(head, parser.add_argument_group(head))
+        shown = default if isinstance(default, str) else json.dumps(default, ensure_ascii=False)
+        help_text = f"{meaning} (default: {shown})".replace("%", "%%")
+        group.add_argument(f"--{name}", dest=name, metavar=type_name(hint).replace("%", "%%"), help=help_text)
+    return parser
+
+
+def _unknownoptions(unknown: Sequence[str]) -> list[str]:
+    names = [name for name, *_ in options()] + ["recipe", "run_dir", "fresh", "dry_run", "print_config"]
+    faults = []
+    for word in unknown:
+        if word.startswith("--"):
+            faults.append(f"unknown option --{with_nearest(word[2:].split('=')[0], names)}")
+        elif not faults:
+            faults.append(
+                f"unexpected word {word!r}: options are written --section.name VALUE, several files as a.txt,b.txt "
+                "or as a glob in quotes, a name with spaces in quotes"
+            )
+    return faults
+
+
+def _parse_value(name: str, text: str) -> object:
+    hint = next(hint for option, hint, *_ in options() if option == name)
+    words = type_name(hint).split("|")
+    if "null" in words and text == "null":
+        return None
+    if "str" in words or (hint is Paths and not text.startswith("[")):
+        return text.split(",") if hint is Paths else text
+    if any(re.match(r"\[(int|float)\b", word) for word in words) and "," in text and "[" not in text:
+        text = f"[{text}]"  # 0,2,4
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _names_text(tree: dict[str, Any]) -> bool:
+    data = tree.get("data")
+    return isinstance(data, dict) and bool(data.get("train"))
+
+
+def _set(tree: dict[str, Any], dotted: str, value: object) -> None:
+    *sections, name = dotted.split(".")
+    for part in sections:
+        inner = tree.get(part, {})
+        if not isinstance(inner, dict):
+            return  # a section that is none: validate says so
+        tree[part] = dict(inner)
+        tree = tree[part]
+    tree[name] = value

@@ -1,0 +1,122 @@
+"""The machine under a rank: its GPU or its CPU's threads and memory, and the operators compiled for it.
+
+torch is imported where it is used: it costs a second.
+"""
+
+import ctypes
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+
+from distilcb.errors import LaunchError
+from distilcb.launcher import World
+
+_COMPILATION_TAKES_AT_MOST_SECONDS = 600.0
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+_log = logging.getLogger("distilcb")
+
+
+def uses_cuda() -> bool:
+    """Whether ranks have a GPU each. DS_ACCELERATOR=cpu leaves GPUs alone, as it does for DeepSpeed."""
+    import torch
+
+    return os.environ.get("DS_ACCELERATOR", "cuda") == "cuda" and torch.cuda.is_available()
+
+
+def select_cuda_device(world: World) -> None:
+    import torch
+
+    devices = torch.cuda.device_count()
+    if world.local_rank >= devices or world.local_size > devices:  # all ranks of the machine fail alike
+        raise LaunchError(
+            f"rank {world.rank} has local rank {world.local_rank} but sees {devices} CUDA device(s). Start "
+            "one task per GPU, and let each see all GPUs of its machine: --ntasks-per-node=4 and "
+            "--gres=gpu:4, without --gpus-per-task, --gpu-bind or a CUDA_VISIBLE_DEVICES of fewer."
+        )
+    torch.cuda.set_device(world.local_rank)
+
+
+def size_cpu_threads(world: World) -> None:
+    """Divide the cores among the ranks of this machine: left alone, each takes them all."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Where the local size is unknown, all ranks may be here.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (world.local_size or world.size)))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what tensors free: given back and asked for again, as by default, every page is zeroed anew.
+
+    A step of the demo spent a third of its time on that. MALLOC_* variables and GLIBC_TUNABLES go first.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def quiet_accelerator_search() -> None:
+    """Tell DeepSpeed that it is to use the CPU; it warns, when it is imported, where it has to find out."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def use_own_tools() -> None:
+    """Let DeepSpeed compile with this environment's `ninja`, and keep what it compiles in this environment.
+
+    Where two environments share a folder, or a CPU and a GPU of one, each start compiles anew what the other has left.
+    TORCH_EXTENSIONS_DIR goes first; an environment that cannot be written to leaves torch its own folder.
+    """
+    own = str(Path(sys.executable).parent)
+    paths = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    if paths[0] != own:
+        os.environ["PATH"] = os.pathsep.join([own, *(path for path in paths if path != own)])
+    if not os.environ.get("TORCH_EXTENSIONS_DIR") and os.access(sys.prefix, os.W_OK):
+        kind = "cuda" if uses_cuda() else "cpu"
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(Path(sys.prefix) / "torch_extensions" / kind)
+
+
+def compiled_operators_folder() -> Path:
+    """Where torch keeps the operators that it compiles, once `use_own_tools` has been called."""
+    if own := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(own)
+    from torch.utils.cpp_extension import get_default_build_root
+
+    return Path(get_default_build_root())
+
+
+def is_compiled(operator: str) -> bool:
+    """Whether torch has compiled an operator, such as fused_adam, for this environment."""
+    folder = compiled_operators_folder()
+    if os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return (folder / operator / f"{operator}.so").is_file()
+    return any(folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*/{operator}/{operator}.so"))
+
+
+def wait_for_compiler(operator: str) -> None:
+    """Wait while another process compiles an operator; a lock that a killed one has left would be waited for for ever.
+
+    Raises:
+        LaunchError: the lock is older than any compilation takes.
+    """
+    folders = [compiled_operators_folder() / operator, *compiled_operators_folder().glob(f"*/{operator}")]
+    told = False
+    while locks := [folder / "lock" for folder in folders if (folder / "lock").exists()]:
+        try:
+            age = time.time() - locks[0].stat().st_mtime
+        except FileNotFoundError:
+            continue
+        if age > _COMPILATION_TAKES_AT_MOST_SECONDS:
+            raise LaunchError(
+                f"{locks[0]} says that a process compiles {operator}, but it is {age / 60:.0f} minutes old: that "
+                "process was killed. Remove the file and start again."
+            )
+        if not told:
+            _log.info("another process compiles %s: waiting for it (%s)", operator, locks[0])
+            told = True
+        time.sleep(0.5)
