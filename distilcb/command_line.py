@@ -51,7 +51,7 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
     overrides = {name: value for name, value in vars(known).items() if value is not None and "." in name}
     if known.deepspeed is not None:
         overrides["deepspeed"] = known.deepspeed
-    faults = _unknownoptions(unknown)
+    faults = _unknown_options(unknown)
     recipe = Path(known.recipe).resolve()
     found = len(faults)
     tree = read_recipe(recipe, faults)
@@ -65,6 +65,9 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
         print(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
     run_dir = Path(known.run_dir) if known.run_dir else Path("runs") / recipe.stem
+    if known.print_run_dir:
+        print(run_dir.absolute())
+        raise SystemExit(0)
     return CommandLine(config, recipe, run_dir.absolute(), known.fresh, known.dry_run, tuple(words))
 
 
@@ -86,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run_dir", help="run folder (default: runs/<the recipe's name>)")
     parser.add_argument("--fresh", action="store_true", help="start anew; a folder that is there is moved aside")
     parser.add_argument("--dry_run", action="store_true", help="a few real steps on random tokens, then a report")
+    parser.add_argument("--print_run_dir", action="store_true", help="print the run folder's path and end")
     parser.add_argument("--print_config", action="store_true", help="print the resolved configuration and end")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     groups: dict[str, Any] = {}
@@ -98,8 +102,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _unknownoptions(unknown: Sequence[str]) -> list[str]:
-    names = [name for name, *_ in options()] + ["recipe", "run_dir", "fresh", "dry_run", "print_config"]
+def _unknown_options(unknown: Sequence[str]) -> list[str]:
+    names = [name for name, *_ in options()] + [
+        "recipe",
+        "run_dir",
+        "fresh",
+        "dry_run",
+        "print_run_dir",
+        "print_config",
+    ]
     faults = []
     for word in unknown:
         if word.startswith("--"):

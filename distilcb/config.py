@@ -164,6 +164,8 @@ class TrainConfig:
     """steps between checkpoints; 0: at the end only"""
     keep_checkpoints: Count = 2
     """how many of the newest checkpoints stay"""
+    stall_minutes: Annotated[float, Field(gt=0)] = 10.0
+    """minutes without a move of any rank after which the run ends and names the one that stands still"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """seed of the order, the masks, dropout and random weights"""
 
@@ -198,6 +200,8 @@ RESULT_NEUTRAL = frozenset(
         "train.eval_every",
         "train.save_every",
         "train.keep_checkpoints",
+        "train.stall_minutes",
+        "deepspeed",  # precision is a fact of the run, and stage 2 the only one there is
     }
 )
 

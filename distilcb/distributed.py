@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -103,10 +104,41 @@ def broadcast_object(obj: Any) -> Any:
     return obj
 
 
+def gather_objects(obj: Any) -> list[Any]:
+    """What each rank passes, in the order of ranks, on every rank; it must pickle."""
+    if group := _process_group_of_several():
+        found = [None] * group.get_world_size()
+        group.all_gather_object(found, obj)
+        return found
+    return [obj]
+
+
+def open_store(world: World, *, timeout_seconds: float) -> Any:
+    """A connection of one's own to the key-value store on which the ranks met: nothing that waits there delays it.
+
+    Args:
+        timeout_seconds: how long an answer may take.
+    """
+    from torch.distributed import HashStore, PrefixStore, TCPStore
+
+    if world.size == 1:
+        return HashStore()
+    patience = timedelta(seconds=timeout_seconds)
+    return PrefixStore("distilcb", TCPStore(world.master_addr, world.master_port, timeout=patience))
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if group := _process_group_of_several():
         group.barrier()
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed because another rank did not answer."""
+    import torch
+
+    lost = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error) for words in lost)
 
 
 def is_main_process() -> bool:
@@ -135,6 +167,8 @@ def configure_logging(world: World) -> None:
     _log.propagate = False
     for library in ("DeepSpeed", "transformers", "datasets"):
         logging.getLogger(library).setLevel(logging.WARNING)
+    # DeepSpeed calls what torch 2.13 has given another name, and torch says so on every rank.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*deprecated", category=FutureWarning)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # one a model, for the second that its weights take

@@ -133,6 +133,13 @@ def says_rank_zero(environ: Mapping[str, str]) -> bool:
     return next((environ[name] for name in names if environ.get(name)), "0") == "0"
 
 
+def is_later_slice(environ: Mapping[str, str]) -> bool:
+    """Whether this Slurm job goes on with what it began: requeued, or not the first of a job array."""
+    restarts = _number(environ, "SLURM_RESTART_COUNT", default=0)
+    first = _number(environ, "SLURM_ARRAY_TASK_MIN", default=0)
+    return restarts > 0 or _number(environ, "SLURM_ARRAY_TASK_ID", default=first) > first
+
+
 def _from_launcher(environ: Mapping[str, str]) -> World | None:
     """torchrun, deepspeed, or a script that sets their variables."""
     if not _all_set(environ, _LAUNCHER):

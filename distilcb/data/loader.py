@@ -13,6 +13,7 @@ from distilcb.data.blocks import Blocks, BlockSource
 from distilcb.data.masking import Masking
 from distilcb.data.order import Order
 from distilcb.data.tokenizer import Vocabulary
+from distilcb.preemption import ignore_in_helper
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def training_batches(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=ignore_in_helper,
     )
     return iter(loader)
 

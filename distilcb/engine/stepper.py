@@ -22,6 +22,7 @@ from distilcb.engine.step_module import soft_rows
 from distilcb.errors import TrainingError
 from distilcb.losses.triplet import TERMS, Counts, coefficients
 from distilcb.models.teacher import Teacher
+from distilcb.watchdog import Place, at
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Stepper:
         sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         waited, skipped_before = 0.0, self.engine.skipped_steps
         for micro in range(self.cut.accumulation):
+            at(Place.READING, step=step + 1, micro=micro)
             started = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - started
@@ -98,13 +100,17 @@ class Stepper:
             torch.manual_seed(int(key(self.seed, step, self.cut.global_index(micro))) >> 1)
         taught = None
         if self.teacher is not None and (self.loss.kl or self.loss.mse or self.loss.cos):
+            at(Place.TEACHER)
             rows = soft_rows(batch, self.loss)
             taught = self.teacher(batch.input_ids, rows, wants_hidden=bool(self.loss.cos))
+        at(Place.FORWARD)
         loss, sums = self.engine(batch, taught, self.coefficients)
         self.engine.set_gradient_accumulation_boundary(micro == self.cut.accumulation - 1)
+        at(Place.BACKWARD)
         # A new tensor: given the module's own output, DeepSpeed outside ZeRO 2 divides the gradient by the accumulation
         # steps in spite of scale_wrt_gas.
         self.engine.backward(loss.clone(), scale_wrt_gas=False)
+        at(Place.UPDATE)
         try:
             self.engine.step()
         except Exception as error:
@@ -120,6 +126,7 @@ class Stepper:
 
         Called at logging steps, before every save and where DeepSpeed skipped a step, so that no other step waits.
         """
+        at(Place.FIGURES)
         steps = torch.zeros(self.cut.world_size, len(TERMS), dtype=torch.float64, device=self.device)
         steps[self.cut.rank] = torch.where(torch.isinf(self._first_bad_step), 0.0, self._first_bad_step)
         found = all_reduce_sum(steps).tolist()

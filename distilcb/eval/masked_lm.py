@@ -1,7 +1,7 @@
 """How well masked words of held-out text are predicted, and how closely the student follows the teacher."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,11 +11,16 @@ from distilcb.data.loader import Batch, HeldoutBatches
 from distilcb.distributed import all_reduce_sum
 from distilcb.losses.head import rows_per_chunk
 from distilcb.models.families import Family
+from distilcb.watchdog import Place, at
 
 Figures = dict[str, Any]
 
 # Columns of the sums that are reduced over ranks.
 _COLUMNS = ("words", "student_nll", "student_right", "teacher_nll", "teacher_right", "kl", "agreement")
+
+
+class InterruptedEvaluation(Exception):  # noqa: N818  (not an error)
+    """The run is to stop, and an evaluation was not waited for."""
 
 
 @torch.no_grad()
@@ -27,6 +32,7 @@ def evaluate(
     *,
     maskings: int,
     device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Figures]:
     """Held-out figures of the student and, where there is one, of the teacher.
 
@@ -39,20 +45,33 @@ def evaluate(
         student, teacher: masked language models on `device`.
         family: the student's.
         maskings: at least 2 for standard errors.
+        interrupted: asked before each batch; where one rank is, all end together.
+
+    Raises:
+        InterruptedEvaluation: on every rank.
     """
     was_training = student.training
     student.eval()
-    sums = torch.zeros(maskings, len(_COLUMNS), dtype=torch.float64, device=device)
-    for number in range(maskings):
-        for batch in _moved(batches.masking_number(number), device):
-            sums[number] += _batch_sums(student, teacher, family, batch)
+    # One row more, whose first column counts the ranks that were interrupted.
+    sums = torch.zeros(maskings + 1, len(_COLUMNS), dtype=torch.float64, device=device)
+    for number, batch in _numbered(batches, maskings):
+        at(Place.EVALUATION)
+        if interrupted():
+            sums[maskings, 0] = 1
+            break
+        sums[number] += _batch_sums(student, teacher, family, batch.to(device))
     student.train(was_training)
-    return _figures(all_reduce_sum(sums).cpu(), with_teacher=teacher is not None)
+    at(Place.EVALUATION_SUMS)
+    total = all_reduce_sum(sums).cpu()
+    if total[maskings, 0]:
+        raise InterruptedEvaluation
+    return _figures(total[:maskings], with_teacher=teacher is not None)
 
 
-def _moved(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
-    for batch in batches:
-        yield batch.to(device)
+def _numbered(batches: HeldoutBatches, maskings: int) -> Iterator[tuple[int, Batch]]:
+    for number in range(maskings):
+        for batch in batches.masking_number(number):
+            yield number, batch
 
 
 def _batch_sums(student: Any, teacher: Any | None, family: Family, batch: Batch) -> Tensor:

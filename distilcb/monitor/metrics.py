@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,21 @@ class Window:
         self.steps = self.skipped = 0
         self.data_wait_seconds = 0.0
         self._started = time.perf_counter()
+
+    def state(self, rows: list[list[float]]) -> dict[str, Any]:
+        """What a checkpoint keeps of an open window. rows: every rank's sums."""
+        kept = {"sums": rows, "steps": self.steps, "skipped": self.skipped, "seconds": self.seconds()}
+        return kept | {"data_wait_seconds": self.data_wait_seconds}
+
+    def restore(self, state: dict[str, Any], *, rank: int, world_size: int) -> None:
+        """Go on with a window that was open when the checkpoint was saved, on any number of ranks."""
+        rows = torch.tensor(state["sums"], dtype=torch.float64)
+        if len(rows) == world_size:
+            self.sums += rows[rank].to(self.sums.device)
+        elif rank == 0:
+            self.sums += rows.sum(0).to(self.sums.device)
+        self.steps, self.skipped, self.data_wait_seconds = state["steps"], state["skipped"], state["data_wait_seconds"]
+        self._started -= state["seconds"]
 
     def add(self, sums: Tensor, *, skipped: bool, data_wait_seconds: float) -> None:
         """Take in one step. sums: (terms,) on the device."""

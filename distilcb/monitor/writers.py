@@ -1,12 +1,16 @@
 """Where figures go: progress bar, metrics.jsonl, TensorBoard. Only rank zero makes one."""
 
 import json
+import logging
+import sys
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 # metrics.jsonl's names -> TensorBoard's, where they are not just prefixed with train/.
 _NOT_CURVES = {"step", "tokens", "epoch", "seconds"}
@@ -28,7 +32,14 @@ class RunWriter:
 
     @cached_property
     def _bar(self) -> Any:
-        return tqdm(total=self._steps, initial=self._first_step, unit=" steps", dynamic_ncols=True, desc="training")
+        return tqdm(
+            total=self._steps,
+            initial=self._first_step,
+            unit=" steps",
+            dynamic_ncols=True,
+            desc="training",
+            disable=not sys.stderr.isatty(),  # in a file every move of a bar is a line
+        )
 
     def __enter__(self) -> "RunWriter":
         return self
@@ -59,9 +70,19 @@ class RunWriter:
         for name, value in record.items():
             if name not in _NOT_CURVES and value is not None:
                 self._board.add_scalar(f"train/{name}", value, record["step"])
-        self._bar.set_postfix(
-            loss=f"{record['loss']:.3f}", tokens_per_s=f"{record['tokens_per_second']:,.0f}", refresh=False
-        )
+        loss, rate = f"{record['loss']:.3f}", f"{record['tokens_per_second']:,.0f}"
+        if self._bar.disable:
+            log.info(
+                "step %d of %d, loss %s, %s tokens/s, %s", record["step"], self._steps, loss, rate, self._left(record)
+            )
+        else:
+            self._bar.set_postfix(loss=loss, tokens_per_s=rate, refresh=False)
+
+    def _left(self, record: dict[str, Any]) -> str:
+        """The time that the steps which are left take at the rate of the last ones."""
+        step_tokens = record["tokens"] / record["step"]
+        seconds = (self._steps - record["step"]) * step_tokens / record["tokens_per_second"]
+        return f"{tqdm.format_interval(seconds)} left"
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Held-out figures, as in summary.json: a line and curves under eval/."""

@@ -37,10 +37,15 @@ from distilcb.models.loading import hash_weights, load_masked_lm
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.monitor.metrics import ModelShape, flops_per_token
+from distilcb.preemption import StopRequest
+from distilcb.train.preflight import check_free_disk, preflight
 from distilcb.train.run_folder import RunFolder, RunState, provenance
+from distilcb.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
+# How long rank zero may take to answer about a request to stop.
+_STORE_SECONDS = 60.0
 # Tokens of a forward pass in evaluation, at least.
 _HELDOUT_TOKENS = 8192
 
@@ -57,6 +62,8 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     heldout: dict[str, Any] | None = None
+    owes_evaluation: bool = False
+    window: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class Run:
     checkpoints: Checkpoints
     progress: Progress
     counts: Counts
+    stop: StopRequest
+    watchdog: Watchdog
 
     @property
     def student(self) -> Any:
@@ -124,8 +133,11 @@ def build(command: CommandLine) -> Run | None:
     The run folder is made once models and text are known to fit, so that a mistake leaves nothing behind.
     """
     config, folder = command.config, RunFolder(command.run_dir)
-    place = take_place(config)
+    place = take_place(command)
     state = on_main(lambda: folder.look(command))
+    if state is RunState.STOPPED:
+        log.info("%s is there: not starting. Remove it to go on.", folder.stop)
+        return None
     if state is RunState.DONE:
         log.info("%s is DONE: nothing to do. --fresh starts anew and keeps it aside.", folder.path)
         for line in on_main(lambda: folder.not_compared(command)):
@@ -138,6 +150,8 @@ def build(command: CommandLine) -> Run | None:
     train_blocks, heldout_blocks = _open_text(config, models.tokenizer, place.world)
     text = _contents(train_blocks, heldout_blocks)
     facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text}
+    parameters, keep = sum(each.numel() for each in models.student.parameters()), config.train.keep_checkpoints
+    on_main(lambda: check_free_disk(folder.path, parameters=parameters, keep=keep))
     on_main(lambda: folder.begin_or_check(command, state, provenance(command, place.world.size), facts))
     on_main(lambda: save_recipe_of_model(folder.model, models.student, models.tokenizer.hugging_face))
     checkpoints = Checkpoints(folder.checkpoints, keep=config.train.keep_checkpoints)
@@ -156,15 +170,34 @@ def build(command: CommandLine) -> Run | None:
         micro_batch = max(config.optim.micro_batch, _HELDOUT_TOKENS // config.data.seq_len)
         vocabulary, rank, size = models.tokenizer.vocabulary, place.world.rank, place.world.size
         heldout = fixed_heldout_batches(heldout_blocks, vocabulary, micro_batch=micro_batch, rank=rank, world_size=size)
-    return Run(config, place, folder, models, engine, stepper, micro_batches, heldout, checkpoints, progress, counts)
+    store = distributed.open_store(place.world, timeout_seconds=_STORE_SECONDS)
+    stop = StopRequest(place.world, store, folder.path)
+    watchdog = Watchdog(place.world, store, stall_minutes=config.train.stall_minutes)
+    return Run(
+        config,
+        place,
+        folder,
+        models,
+        engine,
+        stepper,
+        micro_batches,
+        heldout,
+        checkpoints,
+        progress,
+        counts,
+        stop,
+        watchdog,
+    )
 
 
-def take_place(config: Config) -> Place:
+def take_place(command: CommandLine) -> Place:
     """Meet the other ranks and settle device, sharding and precision; says which and why.
 
     Raises:
         ConfigError: a global batch that does not divide, or a DeepSpeed file that cannot be used here.
+        LaunchError: ranks that do not go together.
     """
+    config = command.config
     settings, why = _deepspeed_settings(config)
     world = distributed.discover()
     distributed.configure_logging(world)
@@ -172,11 +205,12 @@ def take_place(config: Config) -> Place:
     world = distributed.start()
     deepspeed_config.check_sections(settings)
     precision = deepspeed_config.precision(settings)
+    machines = preflight(world, command, settings)
     log.info("precision: %s (%s)", precision, why)
     micro_batch, global_batch = config.optim.micro_batch, config.optim.global_batch
     log.info(
-        "world: %d ranks x micro-batch %d x accumulation %d = global batch %d",
-        *(world.size, micro_batch, accumulation, global_batch),
+        "world: %d node(s) x %d rank(s) x micro-batch %d x accumulation %d = global batch %d",
+        *(machines, world.size // machines, micro_batch, accumulation, global_batch),
     )
     return Place(world, distributed.device(), settings, precision)
 
@@ -356,7 +390,8 @@ def _restore(
         return Progress()
     saved = checkpoints.load(engine, newest, world_size=world.size)
     log.info("resuming from %s: %d steps are done", newest.path, newest.step)
-    return Progress(newest.step, saved["seconds"], saved["heldout"])
+    kept = {name: saved[name] for name in ("seconds", "heldout", "owes_evaluation", "window")}
+    return Progress(newest.step, **kept)
 
 
 def _flops_per_token(config: Config, models: Models, counts: Counts) -> float:

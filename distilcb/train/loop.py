@@ -7,18 +7,21 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+import torch
+
 from distilcb.config import flatten, to_plain
 from distilcb.data.loader import HeldoutBatches
-from distilcb.distributed import all_reduce_sum, on_main
+from distilcb.distributed import all_reduce_sum, is_lost_connection, on_main
 from distilcb.engine.stepper import StepResult
 from distilcb.eval.fill_mask import as_lines, fill_masks
-from distilcb.eval.masked_lm import evaluate
+from distilcb.eval.masked_lm import InterruptedEvaluation, evaluate
 from distilcb.eval.report import as_console, heldout_rows
 from distilcb.losses.triplet import TERMS, active_terms, divisors, weighted_loss
 from distilcb.monitor.metrics import Window, peak_flops, peak_memory_bytes
 from distilcb.monitor.writers import RunWriter
 from distilcb.train.build import Run
 from distilcb.train.export import write_student
+from distilcb.watchdog import Place, at
 
 log = logging.getLogger(__name__)
 
@@ -27,34 +30,67 @@ _QUICK_MASKINGS = 2
 
 
 def train(run: Run) -> None:
-    """Take the steps that are left, then finish the run folder."""
-    steps = run.config.train.steps
+    """Take the steps that are left, then finish the run folder; where it is asked to stop, save and return.
+
+    Raises:
+        TrainingError: on every rank, where one is lost, stands still or computes what is not finite.
+    """
     with ExitStack() as stack:
+        run.watchdog.start()
+        stack.callback(run.watchdog.stop)
+        run.stop.listen()
+        stack.callback(run.stop.stop_listening)
         writer = None
         if run.place.world.is_main:
-            writer = stack.enter_context(RunWriter(run.folder.path, steps=steps, first_step=run.progress.step))
-        if run.progress.step == 0:
-            _look_before_first_step(run, writer)
+            writer = stack.enter_context(
+                RunWriter(run.folder.path, steps=run.config.train.steps, first_step=run.progress.step)
+            )
+        try:
+            reason = run.stop.agreed_now() or _look_before_first_step(run, writer) or _take_steps(run, writer)
+            reason = reason or _finish(run, writer)
+        except RuntimeError as error:
+            if is_lost_connection(error):
+                raise run.watchdog.lost(error) from error
+            raise
+    if reason:
+        log.info(
+            "stopped after step %d of %d (%s). The same command goes on from there.",
+            *(run.progress.step, run.config.train.steps, reason),
+        )
+
+
+def _take_steps(run: Run, writer: RunWriter | None) -> str | None:
+    """Train; returns why it was stopped before the last step, if it was."""
+    steps, progress = run.config.train.steps, run.progress
+    if writer:
+        writer.start_clock()
+    window = _restored_window(run)
+    for step in range(progress.step, steps):
+        if progress.owes_evaluation:
+            window.pause(_timed(_look_in_between, run, writer))
+        if progress.owes_evaluation:
+            return run.stop.agreed_now()
+        result = run.stepper.step(step, run.batches)
+        window.add(result.sums, skipped=result.skipped, data_wait_seconds=result.data_wait_seconds)
+        progress.step = step + 1
+        if writer:
+            writer.advance()
+        saving = _due(step + 1, run.config.train.save_every, steps)
+        if saving or _due(step + 1, run.config.train.log_every, steps):
+            window = _log(run, writer, window, result)  # it also refuses to save what is not finite
+        reason = run.stop.agreed_after(step + 1)
+        progress.owes_evaluation = _due(step + 1, run.config.train.eval_every) and step + 1 < steps
+        if progress.owes_evaluation and not reason:
+            window.pause(_timed(_look_in_between, run, writer))
+            if progress.owes_evaluation:
+                reason = run.stop.agreed_now()
+        if saving or reason:
+            window.pause(_timed(_save, run, window))
+        if reason:
+            return reason
         if writer:
             writer.start_clock()
-        window = Window(len(TERMS), run.place.device)
-        for step in range(run.progress.step, steps):
-            result = run.stepper.step(step, run.batches)
-            window.add(result.sums, skipped=result.skipped, data_wait_seconds=result.data_wait_seconds)
-            run.progress.step = step + 1
-            if writer:
-                writer.advance()
-            saving = _due(step + 1, run.config.train.save_every, steps)
-            if saving or _due(step + 1, run.config.train.log_every, steps):
-                window = _log(run, writer, window, result)  # it also refuses to save what is not finite
-            looking = _due(step + 1, run.config.train.eval_every) and step + 1 < steps
-            if looking:
-                window.pause(_timed(_look_in_between, run, writer))
-            if saving:
-                window.pause(_timed(_save, run))
-            if writer and (looking or saving):
-                writer.start_clock()
-        _finish(run, writer)
+    return None
 
 
 def _due(step: int, every: int, last: int | None = None) -> bool:
@@ -112,14 +148,26 @@ def _finite(value: Any) -> float | None:
 
 def _evaluate(run: Run, heldout: HeldoutBatches, maskings: int) -> dict[str, Any]:
     return evaluate(
-        run.student, run.models.teacher, run.models.family, heldout, maskings=maskings, device=run.place.device
+        run.student,
+        run.models.teacher,
+        run.models.family,
+        heldout,
+        maskings=maskings,
+        device=run.place.device,
+        interrupted=run.stop.heard,
     )
 
 
-def _look_before_first_step(run: Run, writer: RunWriter | None) -> None:
+def _look_before_first_step(run: Run, writer: RunWriter | None) -> str | None:
+    """Evaluate the first student; returns why it was stopped meanwhile, if it was."""
+    if run.progress.step:
+        return None
     if run.heldout:
         log.info("evaluating on held-out text, before the first step")
-        figures = _evaluate(run, run.heldout, run.config.train.eval_maskings)
+        try:
+            figures = _evaluate(run, run.heldout, run.config.train.eval_maskings)
+        except InterruptedEvaluation:
+            return run.stop.agreed_now()
         run.progress.heldout = {"student_start": figures["student"]}
         if "teacher" in figures:
             run.progress.heldout = {"teacher": figures["teacher"], "student_start": figures["student"]}
@@ -127,10 +175,16 @@ def _look_before_first_step(run: Run, writer: RunWriter | None) -> None:
         if run.heldout:
             writer.evaluation(0, figures)
         _write_samples(run, writer)
+    return None
 
 
 def _look_in_between(run: Run, writer: RunWriter | None) -> None:
-    figures = _evaluate(run, run.heldout, _QUICK_MASKINGS) if run.heldout else None
+    """Evaluate; where a request to stop came meanwhile, the evaluation is still owed."""
+    try:
+        figures = _evaluate(run, run.heldout, _QUICK_MASKINGS) if run.heldout else None
+    except InterruptedEvaluation:
+        return
+    run.progress.owes_evaluation = False
     if writer:
         if figures:
             writer.evaluation(run.progress.step, figures)
@@ -147,19 +201,40 @@ def _write_samples(run: Run, writer: RunWriter) -> list[str]:
     return lines
 
 
-def _save(run: Run) -> None:
-    state = {"seconds": run.progress.seconds, "heldout": run.progress.heldout}
-    run.checkpoints.save(run.engine, step=run.progress.step, world_size=run.place.world.size, state=state)
+def _save(run: Run, window: Window) -> None:
+    run.stepper.refuse_non_finite()
+    at(Place.SAVING)
+    progress, world = run.progress, run.place.world
+    rows = torch.zeros(world.size, len(TERMS), dtype=torch.float64, device=run.place.device)
+    rows[world.rank] = window.sums
+    open_window = window.state(all_reduce_sum(rows).tolist()) if window.steps else None
+    state = {"seconds": progress.seconds, "heldout": progress.heldout}
+    state |= {"owes_evaluation": progress.owes_evaluation, "window": open_window}
+    run.checkpoints.save(run.engine, step=progress.step, world_size=world.size, state=state)
 
 
-def _finish(run: Run, writer: RunWriter | None) -> None:
-    """Final figures, the exported student, summary.json, DONE, and the console's last screen."""
+def _restored_window(run: Run) -> Window:
+    """The window of logging that was open when the checkpoint was saved, or a new one."""
+    window = Window(len(TERMS), run.place.device)
+    if run.progress.window:
+        window.restore(run.progress.window, rank=run.place.world.rank, world_size=run.place.world.size)
+    return window
+
+
+def _finish(run: Run, writer: RunWriter | None) -> str | None:
+    """Final figures, the exported student, summary.json, DONE, and the console's last screen.
+
+    Returns why it was stopped in the evaluation, if it was.
+    """
     heldout = dict(run.progress.heldout or {})
     if writer:
         writer.end_bar()
     if run.heldout:
         log.info("evaluating on held-out text, after the last step")
-        figures = _evaluate(run, run.heldout, run.config.train.eval_maskings)
+        try:
+            figures = _evaluate(run, run.heldout, run.config.train.eval_maskings)
+        except InterruptedEvaluation:
+            return run.stop.agreed_now()
         heldout["student"] = figures["student"]
     summary = {"heldout": heldout, "train": _train_summary(run)}
 
@@ -179,7 +254,9 @@ def _finish(run: Run, writer: RunWriter | None) -> None:
         run.folder.leave()
         print("\n" + _last_screen(run, as_console(rows) if heldout else "", samples), flush=True)
 
+    at(Place.FINISHING)
     on_main(finish_on_main)
+    return None
 
 
 def _train_summary(run: Run) -> dict[str, Any]:

@@ -7,10 +7,12 @@ tensorboard/   curves
 metrics.jsonl  a JSON object a logged step
 summary.json   held-out and training figures
 DONE           written last
+STOP           yours: `touch` it, and the run saves and ends; until it is removed no start goes on
 """
 
 import json
 import logging
+import os
 import platform
 import shlex
 import subprocess
@@ -25,6 +27,8 @@ from distilcb.command_line import CommandLine
 from distilcb.config import REPOSITORY, differences, flatten, to_plain
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import CheckpointError, writing
+from distilcb.launcher import is_later_slice
+from distilcb.preemption import STOP
 from distilcb.train.run_lock import RunLock, refuse_if_held
 
 log = logging.getLogger(__name__)
@@ -36,6 +40,7 @@ class RunState(Enum):
     NEW = "new"
     RESUMED = "resumed"
     DONE = "done"
+    STOPPED = "stopped"
 
 
 class RunFolder:
@@ -50,10 +55,11 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.summary = path / "summary.json"
         self.done = path / "DONE"
+        self.stop = path / STOP
         self._lock: RunLock | None = None
 
     def look(self, command: CommandLine) -> RunState:
-        """How far the run got; changes nothing.
+        """How far the run got; changes nothing. --fresh holds for the first slice of a job: the others go on.
 
         Raises:
             CheckpointError: a folder made with other settings, in use, or that is no run folder.
@@ -67,12 +73,14 @@ class RunFolder:
                 f"{self.path} holds files but no config.yaml, so it is no run folder. Give another --run_dir."
             )
         refuse_if_held(self.path)
-        if command.fresh:
+        if command.fresh and not is_later_slice(os.environ):
             return RunState.NEW
         changed = differences(self._begun(), command.config)
         if changed:
             raise self._other("settings", changed)
-        return RunState.DONE if self.done.exists() else RunState.RESUMED
+        if self.done.exists():
+            return RunState.DONE
+        return RunState.STOPPED if self.stop.exists() else RunState.RESUMED
 
     def begin_or_check(
         self, command: CommandLine, state: RunState, provenance: dict[str, Any], facts: dict[str, Any]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -219,10 +220,35 @@ def test_a_text_is_in_the_text_tab(tmp_path):
     assert event.tensor_proto.string_val[0].decode() == "- Un <mask>.  ->  chat 42%"
 
 
-def test_the_bar_counts_from_the_first_step_on(tmp_path, capsys):
+def test_the_bar_counts_from_the_first_step_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with RunWriter(tmp_path, steps=10, first_step=6) as writer:
         writer.advance()
         writer.training(training_record(7))
     shown = capsys.readouterr().err
     assert "7/10" in shown
     assert "loss=9.000" in shown
+
+
+def test_where_nobody_watches_a_logged_step_is_a_line_with_the_time_left(tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    with RunWriter(tmp_path, steps=10, first_step=6) as writer:
+        writer.advance()
+        writer.training(training_record(7) | {"tokens": 7 * 512, "tokens_per_second": 51.2})
+    assert capsys.readouterr().err == ""
+    assert caplog.messages == ["step 7 of 10, loss 9.000, 51 tokens/s, 00:30 left"]
+
+
+def test_an_open_window_goes_on_with_each_ranks_own_sums_or_on_other_ranks_with_their_total():
+    window = Window(2, CPU)
+    window.add(torch.tensor([1.0, 2.0], dtype=torch.float64), skipped=True, data_wait_seconds=0.5)
+    state = window.state([[1.0, 2.0], [10.0, 20.0]])
+    restored = {}
+    for rank, size in ((0, 2), (1, 2), (0, 3), (2, 3)):
+        restored[rank, size] = Window(2, CPU)
+        restored[rank, size].restore(state, rank=rank, world_size=size)
+    assert {place: each.sums.tolist() for place, each in restored.items()} == {
+        (0, 2): [1.0, 2.0], (1, 2): [10.0, 20.0], (0, 3): [11.0, 22.0], (2, 3): [0.0, 0.0]
+    }  # fmt: skip
+    assert (restored[0, 3].steps, restored[0, 3].skipped, restored[0, 3].data_wait_seconds) == (1, 1, 0.5)
+    assert restored[0, 3].seconds() >= window.seconds() - 1

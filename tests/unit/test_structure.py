@@ -15,6 +15,7 @@ LAYERS = [
     {"launcher", "hub", "config"},
     {"command_line", "machine"},
     {"distributed"},
+    {"preemption", "watchdog"},
     {"data", "models", "losses", "monitor"},
     {"engine"},
     {"eval", "export"},

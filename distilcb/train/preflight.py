@@ -1,0 +1,206 @@
+"""What is checked at every start, in seconds, before hours are spent: that the ranks are alike, that they add up, that
+they see one run folder, and that its disk has room."""
+
+import logging
+import os
+import platform
+import shutil
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from distilcb.command_line import CommandLine
+from distilcb.config import to_plain
+from distilcb.distributed import all_reduce_sum, barrier, device, gather_objects, on_main
+from distilcb.errors import CheckpointError, LaunchError
+from distilcb.launcher import World
+from distilcb.machine import uses_cuda
+
+log = logging.getLogger(__name__)
+
+# Weights in the run's precision and in fp32, two moments.
+_BYTES_A_PARAMETER = 4 + 4 + 4 + 4
+_GIB = 2**30
+# Directories of network file systems are looked up anew within about as long.
+_SEEN_WITHIN_SECONDS = 5.0
+
+
+def preflight(world: World, command: CommandLine, settings: dict[str, Any]) -> int:
+    """Check the ranks against each other; returns the number of machines. Every rank must call it.
+
+    Args:
+        settings: DeepSpeed's.
+
+    Raises:
+        LaunchError: with every fault found, on every rank.
+    """
+    started = time.perf_counter()
+    ranks = gather_objects(_facts(command, settings))
+    hosts = Counter(facts["host"] for facts in ranks)
+    faults = [*disagreements(ranks), *layout_faults(world, hosts, os.environ)]
+    if wrong := _wrong_sums(world):
+        faults.append(wrong)
+    if len(hosts) > 1 and not faults:
+        faults += _unseen(command.run_dir, [facts["host"] for facts in ranks])
+    if faults:
+        raise LaunchError("\n  ".join(["the ranks of this start do not go together:", *faults]))
+    devices = Counter(facts["device"] for facts in ranks)
+    if len(devices) > 1 and world.is_main:
+        log.warning("devices differ (%s): the slowest sets the pace", ", ".join(sorted(devices)))
+    if os.environ.get("SLURM_GPUS_ON_NODE") and not uses_cuda() and world.is_main:
+        log.warning("Slurm gave GPUs to this job, but torch %s uses none: training on the CPU", torch.__version__)
+    if world.size > 1:
+        log.info(
+            "preflight: %d ranks on %d machines agree (%.1f s)", world.size, len(hosts), time.perf_counter() - started
+        )
+    return len(hosts)
+
+
+def disagreements(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each fact in which ranks differ, naming the odd ones out.
+
+    Args:
+        ranks: each rank's host, and under "same" what must be the same on all.
+    """
+    lines = []
+    for name in ranks[0]["same"]:
+        values = [facts["same"].get(name) for facts in ranks]
+        usual, count = Counter(values).most_common(1)[0]
+        if count == len(ranks):
+            continue
+        if count * 2 <= len(ranks):
+            usual = values[0]
+        odd = [f"rank {rank} on {ranks[rank]['host']} ({value})" for rank, value in enumerate(values) if value != usual]
+        more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+        lines.append(f"{name} is {usual}, but not on {', '.join(odd[:4])}{more}")
+    return lines
+
+
+def layout_faults(world: World, hosts: Mapping[str, int], environ: Mapping[str, str]) -> list[str]:
+    """What is wrong with how many ranks each machine has."""
+    if len(set(hosts.values())) > 1:
+        counts = ", ".join(f"{host} {count}" for host, count in sorted(hosts.items())[:8])
+        return [f"machines have different numbers of ranks ({counts}): ask for --nodes=N --ntasks-per-node=M"]
+    per_host = next(iter(hosts.values()))
+    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
+    if world.source == "srun" and gpus.isdecimal() and int(gpus) > per_host:
+        return [
+            f"{per_host} task(s) and {gpus} GPUs a node: {int(gpus) - per_host} of them would idle. Ask for one task a "
+            f"GPU: --ntasks-per-node={gpus} --gres=gpu:{gpus}, or both {per_host}"
+        ]
+    return []
+
+
+def check_free_disk(run_dir: Path, *, parameters: int, keep: int) -> None:
+    """See that the disk of a run folder has room for checkpoints and the student. For rank zero.
+
+    A quota cannot be seen from here.
+
+    Args:
+        parameters: of the student.
+        keep: checkpoints that stay; one more is there while it is written.
+
+    Raises:
+        CheckpointError: not even for one.
+    """
+    one = parameters * _BYTES_A_PARAMETER
+    free = shutil.disk_usage(_existing(run_dir)).free
+    held = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file()) if run_dir.is_dir() else 0
+    if free < one:
+        raise CheckpointError(
+            f"{run_dir}: {free / _GIB:.2f} GiB are free on its disk, and one checkpoint of {parameters:,} parameters "
+            f"needs {one / _GIB:.2f}. Free some, or give a --run_dir elsewhere."
+        )
+    if free + held < one * (keep + 1):
+        log.warning(
+            "%s: %.1f GiB are free, and %d checkpoints need %.1f: free some, or lower train.keep_checkpoints",
+            *(run_dir, free / _GIB, keep + 1, one * (keep + 1) / _GIB),
+        )
+
+
+def _facts(command: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
+    import deepspeed
+    import transformers
+
+    import distilcb
+
+    name = torch.cuda.get_device_name(device()) if uses_cuda() else "CPU"
+    return {
+        "host": platform.node(),
+        "device": name,
+        "same": {
+            "Python": platform.python_version(),
+            "torch": torch.__version__,
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+            "distilcb": distilcb.__version__,
+            "the kind of device": device().type,
+            "the resolved recipe": _digest(to_plain(command.config)),
+            "the DeepSpeed file": _digest(settings),
+            "the run folder": str(command.run_dir),
+        },
+    }
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(repr(settings).encode())
+
+
+def _wrong_sums(world: World) -> str | None:
+    """Sum small whole numbers over all ranks: any order of adding gives the exact sum."""
+    numbers = torch.arange(1, 4097, dtype=torch.float32, device=device()) % 64
+    total = all_reduce_sum(numbers * (world.rank % 64))
+    expected = numbers * sum(rank % 64 for rank in range(world.size))
+    wrong = int((total != expected).sum())
+    found = sorted(rank for rank, bad in enumerate(gather_objects(wrong)) if bad)
+    if not found:
+        return None
+    return (
+        f"a sum over ranks is wrong on rank {', '.join(map(str, found[:8]))}: the network or its library corrupts data"
+    )
+
+
+def _unseen(run_dir: Path, hosts: list[str]) -> list[str]:
+    """Machines that do not see a file that rank zero writes beside the run folder."""
+    folder = on_main(lambda: _existing(run_dir))
+    beacon = folder / on_main(lambda: f".distilcb_{uuid.uuid4().hex}")
+    written = on_main(lambda: _touch(beacon))
+    seen = gather_objects(_appears(beacon)) if written else [True] * len(hosts)
+    barrier()
+    on_main(lambda: beacon.unlink(missing_ok=True))
+    blind = sorted({host for host, sees in zip(hosts, seen, strict=True) if not sees})
+    if not blind:
+        return []
+    return [
+        f"{run_dir} is not the same folder everywhere: {', '.join(blind[:8])} cannot see what {hosts[0]} writes to "
+        f"{folder}. Give a --run_dir on a file system that all nodes share"
+    ]
+
+
+def _touch(path: Path) -> bool:
+    """Whether the file could be made; a folder that cannot be written to is told where the run folder is made."""
+    try:
+        path.touch()
+    except OSError:
+        return False
+    return True
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + _SEEN_WITHIN_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _existing(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    return next(each for each in (path, *path.parents) if each.is_dir())

@@ -1,0 +1,255 @@
+"""No rank stands still unseen: each says every few seconds where it is, and rank zero judges.
+
+A rank that dies ends its neighbours' collectives with an error that names a port, one that stalls ends nothing for half
+an hour, and NCCL's own time-out does not name the culprit either. So a thread on each rank writes where its main thread
+is to the key-value store on which the ranks have met, over a connection of its own. Where one of them gives no sign of
+life, or none gets anywhere, rank zero names the rank that stands furthest back, and all end.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+from distilcb.errors import TrainingError, first_line
+from distilcb.launcher import World
+
+_BEAT_SECONDS = 2.0
+# Threads of a process that works get the interpreter in far less.
+_LONGEST_SILENCE_SECONDS = 60.0
+# Launchers take about as long to end the others after one that has failed.
+_VERDICT_IS_READ_WITHIN_SECONDS = 2.5 * _BEAT_SECONDS
+
+log = logging.getLogger(__name__)
+
+
+class Place(IntEnum):
+    """What the ranks do, in the order in which they come to it in a step; in collectives they wait for each other."""
+
+    READING = 0
+    TEACHER = 1
+    FORWARD = 2
+    BACKWARD = 3
+    UPDATE = 4
+    FIGURES = 5
+    EVALUATION = 6
+    EVALUATION_SUMS = 7
+    SAVING = 8
+    FINISHING = 9
+
+    def __str__(self) -> str:
+        return _NAMES[self]
+
+
+_NAMES = {
+    Place.READING: "reading a batch",
+    Place.TEACHER: "the teacher's forward pass",
+    Place.FORWARD: "the student's forward pass",
+    Place.BACKWARD: "the backward pass",
+    Place.UPDATE: "the optimizer step",
+    Place.FIGURES: "summing the figures over ranks",
+    Place.EVALUATION: "an evaluation",
+    Place.EVALUATION_SUMS: "summing an evaluation over ranks",
+    Place.SAVING: "saving a checkpoint",
+    Place.FINISHING: "finishing the run",
+}
+
+
+@dataclass
+class _Position:
+    """Where this process's main thread is."""
+
+    step: int = 0
+    micro: int = 0
+    place: Place = Place.READING
+    moves: int = 0
+
+
+@dataclass
+class Sight:
+    """What one rank knows of another: when it was last heard of, and where it was, on this rank's clock."""
+
+    host: str = "?"
+    step: int = 0
+    micro: int = 0
+    place: Place = Place.READING
+    moves: int = -1
+    beat: int = -1
+    heard_at: float = field(default_factory=time.monotonic)
+    moved_at: float = field(default_factory=time.monotonic)
+
+    def look(self, text: str, now: float) -> None:
+        """Take in what the rank has written last."""
+        said = json.loads(text)
+        if said["beat"] != self.beat:
+            self.beat, self.heard_at = said["beat"], now
+        if said["moves"] != self.moves:
+            self.moves, self.moved_at = said["moves"], now
+        self.host, self.step, self.micro, self.place = said["host"], said["step"], said["micro"], Place(said["place"])
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """Sorts ranks by how far they have come."""
+        return self.step, self.micro, int(self.place)
+
+
+def judge(sights: dict[int, Sight], *, now: float, silence_seconds: float, stall_seconds: float) -> str | None:
+    """What is wrong among the ranks, naming the culprit; None where nothing is.
+
+    Args:
+        silence_seconds: without any sign of life from one rank.
+        stall_seconds: without a move of any rank: those that wait for a culprit do not move either.
+    """
+    silent = {rank: sight for rank, sight in sights.items() if now - sight.heard_at > silence_seconds}
+    if silent:
+        longest = max(now - sight.heard_at for sight in silent.values())
+        return f"{_name(silent)}: no sign of life for {longest:.0f} s, last seen in {_where(silent)}"
+    still = min(now - sight.moved_at for sight in sights.values())
+    if still <= stall_seconds:
+        return None
+    furthest_back = min(sight.position for sight in sights.values())
+    back = {rank: sight for rank, sight in sights.items() if sight.position == furthest_back}
+    if len(back) == len(sights):
+        return f"no rank has moved for {still:.0f} s: all stand in {_where(back)}"
+    waiting = {rank: sight for rank, sight in sights.items() if rank not in back}
+    return f"{_name(back)}: has not moved for {still:.0f} s in {_where(back)}; the others wait in {_where(waiting)}"
+
+
+def _name(sights: dict[int, Sight]) -> str:
+    names = [f"rank {rank} on {sight.host}" for rank, sight in sorted(sights.items())]
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+def _where(sights: dict[int, Sight]) -> str:
+    places = sorted({(sight.position, str(sight.place), sight.step) for sight in sights.values()})
+    return " or ".join(f"step {step}, {place}" for _, place, step in places[:3])
+
+
+class Watchdog:
+    """Watches over the ranks from `start` to `stop`; ends the process with exit code 1 where something is wrong."""
+
+    def __init__(self, world: World, store: Any, *, stall_minutes: float) -> None:
+        """store: a connection to the ranks' common store that nobody waits on; its time-out bounds the silence."""
+        self.world, self.store = world, store
+        self.stall_seconds = stall_minutes * 60
+        self.silence_seconds = min(_LONGEST_SILENCE_SECONDS, self.stall_seconds)
+        self._sights = {rank: Sight() for rank in range(world.size)} if world.is_main else {}
+        self._known: set[int] = set()
+        self._beats = 0
+        self._answered_at = time.monotonic()
+        self._stopped = threading.Event()
+        self._end: Callable[[int], Any] = os._exit
+
+    def start(self) -> None:
+        """Watch from now on; a single process has nobody to wait for."""
+        if self.world.size > 1:
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def stop(self) -> None:
+        """Watch no more: from here on ranks may leave."""
+        self._stopped.set()
+
+    def lost(self, error: Exception) -> TrainingError:
+        """The error of a collective whose other side is gone, told by who it was.
+
+        The beats tell: those that live go on with them for as long as this waits.
+        """
+        started, before = time.monotonic(), dict.fromkeys(range(self.world.size), -1)
+        sights = {rank: Sight() for rank in before}
+        try:
+            while time.monotonic() - started < 3 * _BEAT_SECONDS:
+                self._see(sights)
+                for rank, sight in sights.items():
+                    if before[rank] == -1:
+                        before[rank] = sight.beat
+                time.sleep(_BEAT_SECONDS / 4)
+        except Exception:
+            return self._lost("rank 0 is gone, and with it the place where ranks meet", error)
+        gone = {rank: sight for rank, sight in sights.items() if sight.beat == before[rank]}
+        if not gone:
+            return self._lost("every rank still lives: the connection between them broke", error)
+        return self._lost(f"{_name(gone)} is gone, last seen in {_where(gone)}", error)
+
+    def _lost(self, what: str, error: Exception) -> TrainingError:
+        step = _position.step
+        return TrainingError(
+            f"step {step}: {what}. What was saved stays; the same command goes on from there. ({first_line(error)})"
+        )
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(_BEAT_SECONDS):
+            try:
+                verdict = self._beat()
+                self._answered_at = time.monotonic()
+            except Exception as error:  # the store's errors have no class in common
+                if self._stopped.is_set() or time.monotonic() - self._answered_at < self.silence_seconds:
+                    continue
+                self._tell(f"rank 0 at {self.world.master_addr} does not answer ({first_line(error)})")
+                self._end(1)
+                return
+            if verdict:
+                if self.world.is_main:
+                    self._tell(verdict)
+                    time.sleep(_VERDICT_IS_READ_WITHIN_SECONDS)
+                elif f"rank {self.world.rank} on " in verdict:
+                    self._show_stack()
+                self._end(1)
+                return
+
+    def _beat(self) -> str | None:
+        """Say where this rank is; returns the verdict, if there is one."""
+        self._beats += 1
+        here = _position
+        said = {"beat": self._beats, "host": platform.node(), "moves": here.moves}
+        said |= {"step": here.step, "micro": here.micro, "place": int(here.place)}
+        self.store.set(f"beat/{self.world.rank}", json.dumps(said))
+        if not self.world.is_main:
+            return self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
+        self._see(self._sights)
+        now, silence, stall = time.monotonic(), self.silence_seconds, self.stall_seconds
+        verdict = judge(self._sights, now=now, silence_seconds=silence, stall_seconds=stall)
+        if verdict:
+            self.store.set("verdict", verdict)
+        return verdict
+
+    def _see(self, sights: dict[int, Sight]) -> None:
+        self._known |= {rank for rank in sights if rank not in self._known and self.store.check([f"beat/{rank}"])}
+        ranks = sorted(self._known & sights.keys())
+        now = time.monotonic()
+        for rank, said in zip(ranks, self.store.multi_get([f"beat/{rank}" for rank in ranks]), strict=True):
+            sights[rank].look(said.decode(), now)
+
+    def _tell(self, verdict: str) -> None:
+        prefix = "" if self.world.is_main else f"[rank {self.world.rank}] "
+        print(
+            f"\n{prefix}TrainingError: {verdict}. What was saved stays; the same command goes on from there.",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _show_stack(self) -> None:
+        print(f"\n[rank {self.world.rank}] stands here:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(sys.stderr)
+
+
+def at(place: Place, *, step: int | None = None, micro: int | None = None) -> None:
+    """Say that the main thread has come to a place, in a step counted from 1 and a micro-batch of it."""
+    _position.place = place
+    if step is not None:
+        _position.step, _position.micro = step, 0
+    if micro is not None:
+        _position.micro = micro
+    _position.moves += 1
+
+
+_position = _Position()
