@@ -1,0 +1,123 @@
+"""slurm/distill.sbatch on a real Slurm: warned, requeued, cancelled, chained, stopped, and a node lost."""
+
+import pytest
+from conftest import ONE_RANK_A_NODE, SMALL, assert_same_run, curve
+
+from distilcb.config import REPOSITORY
+
+
+def time_is_nearly_up(lab, job):
+    """The warning that --signal=B:USR1@600 sends before the time limit."""
+    lab.run("scancel", "--batch", "--signal=USR1", job.number)
+
+
+def test_a_bare_sbatch_distils_the_shipped_text_on_every_task_of_the_header(lab):
+    run_dir = REPOSITORY / "runs" / "mini"
+    if run_dir.exists():
+        pytest.skip("runs/mini is there already, and is the user's")
+    job = lab.submit(options=("--time=60",), environ={"OMP_NUM_THREADS": "1"})
+    try:
+        assert job.ended(seconds=400)["JobState"] == "COMPLETED", job.said()
+        assert "world: 1 node(s) x 4 rank(s)" in job.said()
+        assert (run_dir / "DONE").exists()
+        assert list(curve(run_dir)) == [10, 20, 30, 40, 50, 60]
+    finally:
+        lab.run("rm", "-rf", run_dir)
+
+
+def test_a_run_that_is_warned_saves_requeues_itself_and_ends_as_if_undisturbed(lab, run_dir, undisturbed):
+    job = lab.submit("--run_dir", run_dir, *SMALL)
+    for restart, step in enumerate((3, 9)):
+        job.wait_for_step(run_dir, step)
+        time_is_nearly_up(lab, job)
+        job.wait_until(lambda: job.facts()["Restarts"] == str(restart + 1), "it is requeued")
+    facts = job.ended()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), job.said()
+    assert job.said().count("saved and requeued") == 2
+    assert job.said().count("resuming from") == 2
+    assert_same_run(run_dir, undisturbed)
+    assert not list(run_dir.parent.glob(f".{run_dir.name}.time_is_up*"))
+
+
+def test_a_cancelled_run_has_saved_and_the_same_line_again_goes_on(lab, run_dir, undisturbed):
+    first = lab.submit("--run_dir", run_dir, *SMALL)
+    first.wait_for_step(run_dir, 3)
+    lab.run("scancel", first.number)
+    assert first.ended()["JobState"] == "CANCELLED"
+    saved = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+    assert saved, first.said()
+    assert "stopped after step" in first.said()
+    second = lab.submit("--run_dir", run_dir, *SMALL)
+    assert second.ended()["JobState"] == "COMPLETED", second.said()
+    assert f"resuming from {run_dir / 'checkpoints' / saved[-1]}" in second.said()
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_a_rank_that_is_killed_ends_the_job_as_failed_and_it_is_not_repeated(lab, run_dir):
+    job = lab.submit("--run_dir", run_dir, *SMALL)
+    job.wait_for_step(run_dir, 3)
+    lab.signal_rank("node2", "KILL")
+    facts = job.ended(seconds=30)
+    assert (facts["JobState"], facts["Restarts"]) == ("FAILED", "0"), job.said()
+    assert "task 1: Killed" in job.said()
+    assert not (run_dir / "DONE").exists()
+
+
+def test_a_run_whose_node_loses_power_is_requeued_and_ends_as_if_undisturbed(lab, run_dir, undisturbed):
+    job = lab.submit("--run_dir", run_dir, *SMALL)
+    job.wait_for_step(run_dir, 6)
+    lab.script("crash", "node2")
+    job.wait_until(lambda: job.facts()["Restarts"] == "1", "Slurm notices, and requeues")
+    lab.script("boot", "node2")
+    facts = job.ended()
+    assert facts["JobState"] == "COMPLETED", job.said()
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_an_array_chains_slices_and_those_after_the_last_step_do_nothing(lab, run_dir, undisturbed):
+    chain = lab.submit("--run_dir", run_dir, "--fresh", *SMALL, options=(*ONE_RANK_A_NODE, "--array=1-4%1"))
+    chain.wait_until(lambda: len(curve(run_dir)) >= 1, "the first slice trains")
+    lab.run("scancel", "--batch", "--signal=USR1", f"{chain.number}_1")
+    said = _wait_for_chain(lab, chain.number)
+    assert "the next slice goes on" in said[1]
+    assert "resuming from" in said[2]
+    assert "DONE: nothing to do" in said[3]
+    assert "DONE: nothing to do" in said[4]
+    assert_same_run(run_dir, undisturbed)
+
+
+def _wait_for_chain(lab, number):
+    """What each slice said, once all are over."""
+    assert lab.script("wait", number, "240").returncode == 0
+    jobs = lab.run("scontrol", "-o", "show", "job", number).stdout.splitlines()
+    said = {}
+    for line in jobs:
+        facts = dict(word.partition("=")[::2] for word in line.split() if "=" in word)
+        said[int(facts["ArrayTaskId"])] = (lab.shared / f"{facts['JobId']}.out").read_text()
+    return said
+
+
+def test_a_file_stop_ends_a_run_saved_and_keeps_it_from_going_on_until_it_is_removed(lab, run_dir, undisturbed):
+    job = lab.submit("--run_dir", run_dir, *SMALL)
+    job.wait_for_step(run_dir, 3)
+    (run_dir / "STOP").touch()
+    facts = job.ended()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "0"), job.said()
+    steps = list(curve(run_dir))
+    assert "STOP is there" in job.said()
+    again = lab.submit("--run_dir", run_dir, *SMALL)
+    assert again.ended()["JobState"] == "COMPLETED", again.said()
+    assert "STOP is there: not starting" in again.said()
+    assert list(curve(run_dir)) == steps
+    (run_dir / "STOP").unlink()
+    last = lab.submit("--run_dir", run_dir, *SMALL)
+    assert last.ended()["JobState"] == "COMPLETED", last.said()
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_a_run_that_is_done_is_left_alone(lab, undisturbed):
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
+    job = lab.submit("--run_dir", undisturbed, *SMALL)
+    assert job.ended()["JobState"] == "COMPLETED", job.said()
+    assert "is DONE: nothing to do" in job.said()
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
