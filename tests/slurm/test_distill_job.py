@@ -1,7 +1,7 @@
 """slurm/distill.sbatch on a real Slurm: warned, requeued, cancelled, chained, stopped, and a node lost."""
 
 import pytest
-from conftest import ONE_RANK_A_NODE, SMALL, assert_same_run, curve
+from slurm_jobs import ONE_RANK_A_NODE, SMALL, assert_same_run, curve
 
 from distilcb.config import REPOSITORY
 
@@ -27,10 +27,10 @@ def test_a_bare_sbatch_distils_the_shipped_text_on_every_task_of_the_header(lab)
 
 def test_a_run_that_is_warned_saves_requeues_itself_and_ends_as_if_undisturbed(lab, run_dir, undisturbed):
     job = lab.submit("--run_dir", run_dir, *SMALL)
-    for restart, step in enumerate((3, 9)):
+    for restarts, step in (("1", 3), ("2", 9)):
         job.wait_for_step(run_dir, step)
         time_is_nearly_up(lab, job)
-        job.wait_until(lambda: job.facts()["Restarts"] == str(restart + 1), "it is requeued")
+        job.wait_until(lambda wanted=restarts: job.facts()["Restarts"] == wanted, "it is requeued")
     facts = job.ended()
     assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "2"), job.said()
     assert job.said().count("saved and requeued") == 2
@@ -77,7 +77,8 @@ def test_a_run_whose_node_loses_power_is_requeued_and_ends_as_if_undisturbed(lab
 def test_an_array_chains_slices_and_those_after_the_last_step_do_nothing(lab, run_dir, undisturbed):
     chain = lab.submit("--run_dir", run_dir, "--fresh", *SMALL, options=(*ONE_RANK_A_NODE, "--array=1-4%1"))
     chain.wait_until(lambda: len(curve(run_dir)) >= 1, "the first slice trains")
-    lab.run("scancel", "--batch", "--signal=USR1", f"{chain.number}_1")
+    first = _slices(lab, chain.number)[1]
+    lab.run("scancel", "--batch", "--signal=USR1", first["JobId"])
     said = _wait_for_chain(lab, chain.number)
     assert "the next slice goes on" in said[1]
     assert "resuming from" in said[2]
@@ -89,12 +90,15 @@ def test_an_array_chains_slices_and_those_after_the_last_step_do_nothing(lab, ru
 def _wait_for_chain(lab, number):
     """What each slice said, once all are over."""
     assert lab.script("wait", number, "240").returncode == 0
-    jobs = lab.run("scontrol", "-o", "show", "job", number).stdout.splitlines()
-    said = {}
-    for line in jobs:
-        facts = dict(word.partition("=")[::2] for word in line.split() if "=" in word)
-        said[int(facts["ArrayTaskId"])] = (lab.shared / f"{facts['JobId']}.out").read_text()
-    return said
+    slices = _slices(lab, number)
+    return {place: (lab.shared / f"{facts['JobId']}.out").read_text() for place, facts in slices.items()}
+
+
+def _slices(lab, number):
+    """Facts of each slice that has started, by its place in the array."""
+    lines = lab.run("scontrol", "-o", "show", "job", number).stdout.splitlines()
+    slices = [dict(word.partition("=")[::2] for word in line.split() if "=" in word) for line in lines]
+    return {int(facts["ArrayTaskId"]): facts for facts in slices if facts["ArrayTaskId"].isdecimal()}
 
 
 def test_a_file_stop_ends_a_run_saved_and_keeps_it_from_going_on_until_it_is_removed(lab, run_dir, undisturbed):

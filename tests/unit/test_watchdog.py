@@ -1,0 +1,163 @@
+"""Who is named when ranks stand still, and that the process ends."""
+
+import json
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from distilcb import watchdog
+from distilcb.launcher import World
+from distilcb.watchdog import Place, Sight, Watchdog, at, judge
+
+SILENCE, STALL = 60.0, 600.0
+NOW = 10_000.0
+
+
+def sight(step, place, *, micro=0, heard=0.0, moved=0.0, host="node1"):
+    """What is known of a rank that was heard of and that moved some seconds ago."""
+    return Sight(host, step, micro, place, 5, 5, NOW - heard, NOW - moved)
+
+
+def verdict(*sights):
+    return judge(dict(enumerate(sights)), now=NOW, silence_seconds=SILENCE, stall_seconds=STALL)
+
+
+def test_ranks_that_move_are_left_alone_and_so_are_those_that_wait_for_one_that_does():
+    assert verdict(sight(7, Place.FORWARD), sight(7, Place.BACKWARD)) is None
+    assert verdict(sight(7, Place.EVALUATION, moved=1), sight(7, Place.EVALUATION_SUMS, moved=10 * STALL)) is None
+
+
+def test_a_rank_without_a_sign_of_life_is_named_with_its_machine_and_step():
+    found = verdict(sight(7, Place.BACKWARD), sight(7, Place.FORWARD, heard=75, host="node2"))
+    assert found == "rank 1 on node2: no sign of life for 75 s, last seen in step 7, the student's forward pass"
+
+
+def test_of_ranks_that_stand_still_the_one_furthest_back_is_named_and_where_the_others_wait():
+    waiting = sight(7, Place.BACKWARD, moved=700)
+    found = verdict(waiting, sight(7, Place.READING, moved=900, host="node2"), waiting)
+    assert found == (
+        "rank 1 on node2: has not moved for 700 s in step 7, reading a batch; "
+        "the others wait in step 7, the backward pass"
+    )
+
+
+@pytest.mark.parametrize(
+    ("back", "ahead"),
+    [
+        ((6, Place.SAVING, 0), (7, Place.READING, 0)),
+        ((7, Place.UPDATE, 2), (7, Place.READING, 3)),
+        ((7, Place.BACKWARD, 3), (7, Place.UPDATE, 3)),
+        ((7, Place.EVALUATION, 3), (7, Place.EVALUATION_SUMS, 3)),
+    ],
+)
+def test_an_earlier_step_micro_batch_or_place_is_further_back(back, ahead):
+    sights = [sight(step, place, micro=micro, moved=601, host=place.name) for step, place, micro in (ahead, back)]
+    assert verdict(*sights).startswith(f"rank 1 on {back[1].name}: has not moved")
+
+
+def test_where_all_stand_in_the_same_place_nobody_is_blamed():
+    found = verdict(*[sight(7, Place.BACKWARD, moved=601)] * 3)
+    assert found == "no rank has moved for 601 s: all stand in step 7, the backward pass"
+
+
+def test_many_culprits_are_counted_rather_than_listed():
+    found = verdict(*[sight(7, Place.READING, heard=99)] * 20)
+    assert found.count("rank ") == 8
+    assert "and 12 more" in found
+
+
+@pytest.fixture
+def dogs(monkeypatch):
+    """Watchdogs of two ranks in one process, fast, over one store; their processes' ends are noted."""
+    monkeypatch.setattr(watchdog, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog, "_VERDICT_IS_READ_WITHIN_SECONDS", 0.2)
+    store, ended, made = HashStore(), {}, []
+
+    def make(rank, **settings):
+        dog = Watchdog(World("env", rank, 2, rank, 2, "node1", 1), settings.pop("store", store), stall_minutes=1 / 120)
+        dog._end = lambda code: ended.setdefault(rank, code)
+        made.append(dog)
+        return dog
+
+    yield make, store, ended
+    for dog in made:
+        dog.stop()
+
+
+def wait_for(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert condition()
+
+
+def test_a_rank_that_falls_silent_ends_the_others_with_its_name(dogs, capfd):
+    make, store, ended = dogs
+    store.set("beat/1", json.dumps({"beat": 9, "host": "node2", "moves": 3, "step": 41, "micro": 0, "place": 3}))
+    make(0).start()
+    wait_for(lambda: ended)
+    assert ended == {0: 1}
+    said = capfd.readouterr().err
+    assert "TrainingError: rank 1 on node2: no sign of life" in said
+    assert "step 41, the backward pass" in said
+    assert "the same command goes on" in said
+
+
+def test_the_verdict_ends_every_rank_and_the_culprit_shows_where_it_stands(dogs, capfd):
+    make, _, ended = dogs
+    at(Place.READING, step=12)
+    for rank in (0, 1):
+        make(rank).start()
+    wait_for(lambda: len(ended) == 2)
+    assert ended == {0: 1, 1: 1}
+    said = capfd.readouterr().err
+    assert said.count("no rank has moved for") == 1
+    assert "step 12, reading a batch" in said
+
+
+def test_ranks_that_go_on_moving_are_not_ended(dogs):
+    make, _, ended = dogs
+    for rank in (0, 1):
+        make(rank).start()
+    started = time.monotonic()
+    while time.monotonic() - started < 1.5:  # three times the patience
+        at(Place.FORWARD, step=3)
+        time.sleep(0.02)
+    assert not ended
+
+
+def test_where_the_place_that_ranks_meet_at_is_gone_a_rank_ends_after_a_while(dogs, capfd):
+    class Gone:
+        def set(self, *_):
+            raise RuntimeError("Connection reset by peer")
+
+    make, _, ended = dogs
+    started = time.monotonic()
+    make(1, store=Gone()).start()
+    wait_for(lambda: ended)
+    assert ended == {1: 1}
+    assert time.monotonic() - started > 0.4
+    assert (
+        "[rank 1] TrainingError: rank 0 at node1 does not answer (Connection reset by peer)" in capfd.readouterr().err
+    )
+
+
+def test_a_lost_connection_is_told_by_who_is_gone(dogs):
+    make, store, _ = dogs
+    at(Place.BACKWARD, step=8)
+    store.set("beat/1", json.dumps({"beat": 9, "host": "node2", "moves": 3, "step": 8, "micro": 1, "place": 3}))
+    alive = make(0)
+    alive.stall_seconds = alive.silence_seconds = 1e9
+    alive.start()
+    told = str(alive.lost(RuntimeError("gloo: Connection closed by peer [10.0.0.2]:4711\nmore")))
+    assert told.startswith("step 8: rank 1 on node2 is gone, last seen in step 8, the backward pass.")
+    assert told.endswith("(gloo: Connection closed by peer [10.0.0.2]:4711)")
+
+
+def test_a_single_process_is_not_watched():
+    import threading
+
+    before = threading.active_count()
+    Watchdog(World("single", 0, 1, 0, 1, "127.0.0.1", 1), HashStore(), stall_minutes=10).start()
+    assert threading.active_count() == before
