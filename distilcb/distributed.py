@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -254,6 +255,8 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
     # Threads that wait should sleep: beside any other work, spinning ones make a step on a CPU ten times slower. Read
     # when torch is loaded, which comes later.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Where a rank is lost, torch prints a page of C++ frames beside our line.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -267,6 +270,8 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
         code = 2 if isinstance(error, UserError) else 1
         prefix = ""
         if not is_main_process():
+            # Launchers end the others with SIGTERM once rank zero has failed, and srun reports the largest exit code.
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
             time.sleep(_RANK_ZERO_SPEAKS_FIRST_SECONDS)
             prefix = f"[rank {os.environ.get('RANK', '?')}] "
         if not prefix or isinstance(error, UserError):

@@ -169,6 +169,7 @@ def _has_agent(environ: Mapping[str, str]) -> bool:
 
 def _from_mpi(environ: Mapping[str, str]) -> World:
     """What MPI itself says. Every rank must come here: they talk."""
+    _refuse_unreached_mpi(environ)
     mpi = _import_mpi()
     comm = mpi.COMM_WORLD
     _refuse_lone_mpi(environ, size=comm.size, library=mpi.Get_library_version())
@@ -249,15 +250,28 @@ def _refuse_lone_mpi(environ: Mapping[str, str], *, size: int, library: str) -> 
     if expected == 1:
         return
     library = library.partition(",")[0].strip()[:60]
-    if not in_srun:
-        raise LaunchError(
-            f"mpi4py's MPI ({library}) sees 1 process, but {by_mpirun}={expected}: it is not the MPI whose "
-            "mpirun started this. Install mpi4py against that one, or leave mpi4py out (use_mpi=false)."
-        )
+    if in_srun:
+        raise _unreached(f"mpi4py's MPI ({library}) sees 1 process", expected)
     raise LaunchError(
-        f"mpi4py's MPI ({library}) sees 1 process, but Slurm started {expected}: they do not speak the same "
-        "protocol. Use srun --mpi=pmix (Open MPI) or --mpi=pmi2 (MPICH, Intel MPI), or leave mpi4py out "
-        "(use_mpi=false)."
+        f"mpi4py's MPI ({library}) sees 1 process, but {by_mpirun}={expected}: it is not the MPI whose "
+        "mpirun started this. Install mpi4py against that one, or leave mpi4py out (use_mpi=false)."
+    )
+
+
+def _refuse_unreached_mpi(environ: Mapping[str, str]) -> None:
+    """Raise where srun has left nothing that an MPI could find its ranks by: some libraries then abort the process."""
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS", default=1)
+    by_mpirun = any(environ.get(each.size) for each in _MPI_LAUNCHERS)
+    if _step_id(environ) is None or tasks == 1 or by_mpirun:
+        return
+    if not any(name.startswith(("PMIX_", "PMI_", "PMI2_")) for name in environ):
+        raise _unreached("srun tells MPI nothing of the ranks", tasks)
+
+
+def _unreached(what: str, tasks: int) -> LaunchError:
+    return LaunchError(
+        f"{what}, but Slurm started {tasks}: they do not speak the same protocol. Use srun --mpi=pmix (Open MPI) or "
+        "--mpi=pmi2 (MPICH, Intel MPI), or leave mpi4py out (use_mpi=false)."
     )
 
 

@@ -139,14 +139,14 @@ class Watchdog:
     """Watches over the ranks from `start` to `stop`; ends the process with exit code 1 where something is wrong."""
 
     def __init__(self, world: World, store: Any, *, stall_minutes: float) -> None:
-        """store: a connection to the ranks' common store that nobody waits on; its time-out bounds the silence."""
+        """store: a connection to the ranks' common store."""
         self.world, self.store = world, store
         self.stall_seconds = stall_minutes * 60
         self.silence_seconds = min(_LONGEST_SILENCE_SECONDS, self.stall_seconds)
         self._sights = {rank: Sight() for rank in range(world.size)} if world.is_main else {}
         self._known: set[int] = set()
         self._beats = 0
-        self._answered_at = time.monotonic()
+        self._unanswered_seconds = 0.0
         self._stopped = threading.Event()
         self._end: Callable[[int], Any] = os._exit
 
@@ -154,6 +154,7 @@ class Watchdog:
         """Watch from now on; a single process has nobody to wait for."""
         if self.world.size > 1:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+            threading.Thread(target=self._wait_for_answers, daemon=True, name="watchdog's watchdog").start()
 
     def stop(self) -> None:
         """Watch no more: from here on ranks may leave."""
@@ -190,19 +191,31 @@ class Watchdog:
         while not self._stopped.wait(_BEAT_SECONDS):
             try:
                 verdict = self._beat()
-                self._answered_at = time.monotonic()
-            except Exception as error:  # the store's errors have no class in common
-                if self._stopped.is_set() or time.monotonic() - self._answered_at < self.silence_seconds:
-                    continue
-                self._tell(f"rank 0 at {self.world.master_addr} does not answer ({first_line(error)})")
-                self._end(1)
-                return
+            except Exception:  # the store's errors have no class in common
+                continue
+            self._unanswered_seconds = 0.0
             if verdict:
                 if self.world.is_main:
                     self._tell(verdict)
                     time.sleep(_VERDICT_IS_READ_WITHIN_SECONDS)
                 elif f"rank {self.world.rank} on " in verdict:
                     self._show_stack()
+                self._end(1)
+                return
+
+    def _wait_for_answers(self) -> None:
+        """End where rank zero's store gives none: its process has stopped, or the network to it has.
+
+        A store whose process stands still makes the other thread wait without an end. Time in which this process was
+        itself suspended does not count.
+        """
+        looked_at = time.monotonic()
+        while not self._stopped.wait(_BEAT_SECONDS):
+            passed, looked_at = time.monotonic() - looked_at, time.monotonic()
+            self._unanswered_seconds += min(passed, 2 * _BEAT_SECONDS)
+            if self._unanswered_seconds > self.silence_seconds and not self._stopped.is_set():
+                seconds, step = self._unanswered_seconds, _position.step
+                self._tell(f"step {step}: rank 0 at {self.world.master_addr} does not answer for {seconds:.0f} s")
                 self._end(1)
                 return
 

@@ -26,7 +26,8 @@ if [ -f "${DISTILCB_SITE:-slurm/site.sh}" ]; then
 fi
 # shellcheck disable=SC2206  # a container's command has several words
 python=(${PYTHON:-$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)})
-"${python[@]}" -c 'import distilcb' ||
+# -P: the package that is installed, not the folder that lies here.
+"${python[@]}" -P -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("distilcb", "deepspeed"))))' ||
     refuse "${python[*]} has no distilcb on $(hostname). Run 'make install' here, or say in slurm/site.sh how to get to it (see slurm/site.sh.example)."
 
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # Slurm 22.05 and later do not pass it on by themselves

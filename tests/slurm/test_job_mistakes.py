@@ -4,6 +4,9 @@ import re
 
 from slurm_jobs import ONE_RANK_A_NODE, SMALL, curve
 
+# Long enough for another job to meet it.
+LONGER = (*SMALL, "--train.steps", "40")
+
 
 def refusal(job):
     """The one message of a job that was refused."""
@@ -57,12 +60,10 @@ def test_gpus_that_would_idle_are_refused(lab, run_dir):
     assert "1 task(s) and 4 GPUs a node: 3 of them would idle" in refusal(job)
 
 
-def test_the_folder_of_a_running_job_is_refused_with_that_jobs_number_and_a_changed_recipe_with_the_change(
-    lab, run_dir
-):
-    first = lab.submit("--run_dir", run_dir, *SMALL)
+def test_the_folder_of_a_running_job_is_refused_and_so_is_a_recipe_that_changed_between_slices(lab, run_dir):
+    first = lab.submit("--run_dir", run_dir, *LONGER)
     first.wait_for_step(run_dir, 3)
-    message = refusal(lab.submit("--run_dir", run_dir, *SMALL))
+    message = refusal(lab.submit("--run_dir", run_dir, *LONGER))
     assert f"Slurm job {first.number}" in message
     assert "trains there" in message
 
@@ -70,12 +71,12 @@ def test_the_folder_of_a_running_job_is_refused_with_that_jobs_number_and_a_chan
     assert first.ended()["JobState"] == "COMPLETED", first.said()
     (run_dir / "STOP").unlink()
     steps = len(curve(run_dir))
-    message = refusal(lab.submit("--run_dir", run_dir, *SMALL, "--optim.lr", "0.002", "--train.steps", "13"))
+    message = refusal(lab.submit("--run_dir", run_dir, *LONGER, "--optim.lr", "0.002", "--train.steps", "41"))
     assert "optim.lr: 0.0015 -> 0.002" in message
-    assert "train.steps: 12 -> 13" in message
+    assert "train.steps: 40 -> 41" in message
     assert len(curve(run_dir)) == steps
 
     may_change = ("--optim.micro_batch", "8", "--train.log_every", "2", "--train.save_every", "6")
-    last = lab.submit("--run_dir", run_dir, *SMALL, *may_change)
+    last = lab.submit("--run_dir", run_dir, *LONGER, *may_change)
     assert last.ended()["JobState"] == "COMPLETED", last.said()
     assert (run_dir / "DONE").exists()

@@ -44,7 +44,7 @@ def test_four_processes_on_two_nodes_find_their_ranks_and_each_other(lab, comman
 @needs_mpi
 def test_an_mpi_that_srun_does_not_reach_is_told_with_the_option_that_helps(lab):
     said = say_of_job(lab, f"srun --mpi=none {SAY} --use_mpi", "--nodes=2", "--ntasks-per-node=1", exit_code="2:0")
-    assert "LaunchError: mpi4py's MPI" in said
+    assert "LaunchError: srun tells MPI nothing of the ranks, but Slurm started 2" in said
     assert "--mpi=pmix" in said
     assert "Traceback" not in said
 

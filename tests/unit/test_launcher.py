@@ -160,6 +160,12 @@ def test_mpirun_on_several_hosts_that_names_none_has_rank_zero_tell(fake_mpi):
 def test_an_mpi_that_cannot_see_slurms_other_tasks_is_refused_with_the_option_to_use(fake_mpi):
     fake_mpi(size=1, local_size=1)
     with pytest.raises(LaunchError, match=r"Fake MPI v1\) sees 1 process, but Slurm started 9.*--mpi=pmix"):
+        discover(SRUN | {"PMIX_RANK": "6"}, use_mpi=True)
+
+
+def test_where_srun_tells_mpi_nothing_mpi_is_not_even_started(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # importing it would fail
+    with pytest.raises(LaunchError, match=r"srun tells MPI nothing of the ranks, but Slurm started 9.*--mpi=pmix"):
         discover(SRUN, use_mpi=True)
 
 

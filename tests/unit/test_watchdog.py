@@ -127,20 +127,30 @@ def test_ranks_that_go_on_moving_are_not_ended(dogs):
     assert not ended
 
 
-def test_where_the_place_that_ranks_meet_at_is_gone_a_rank_ends_after_a_while(dogs, capfd):
-    class Gone:
-        def set(self, *_):
-            raise RuntimeError("Connection reset by peer")
+class Gone:
+    """A store whose process has died."""
 
+    def set(self, *_):
+        raise RuntimeError("Connection reset by peer")
+
+
+class Stopped:
+    """A store whose process stands still."""
+
+    def set(self, *_):
+        time.sleep(60)
+
+
+@pytest.mark.parametrize("store", [Gone, Stopped])
+def test_where_the_place_that_ranks_meet_at_does_not_answer_a_rank_ends_after_a_while(dogs, capfd, store):
+    at(Place.BACKWARD, step=8)
     make, _, ended = dogs
     started = time.monotonic()
-    make(1, store=Gone()).start()
+    make(1, store=store()).start()
     wait_for(lambda: ended)
     assert ended == {1: 1}
     assert time.monotonic() - started > 0.4
-    assert (
-        "[rank 1] TrainingError: rank 0 at node1 does not answer (Connection reset by peer)" in capfd.readouterr().err
-    )
+    assert "[rank 1] TrainingError: step 8: rank 0 at node1 does not answer for " in capfd.readouterr().err
 
 
 def test_a_lost_connection_is_told_by_who_is_gone(dogs):
