@@ -159,7 +159,7 @@ def _from_launcher(environ: Mapping[str, str]) -> World | None:
         local_size=_number(environ, "LOCAL_WORLD_SIZE", default=0) or _number(environ, "LOCAL_SIZE", default=0),
         master_addr=environ.get("MASTER_ADDR") or LOOPBACK,
         # deepspeed always says 29500, so that two runs on one machine would collide; torchrun's agent listens on its.
-        master_port=_free_port() if size == 1 and not _has_agent(environ) else _port(environ, size=size),
+        master_port=free_port() if size == 1 and not _has_agent(environ) else _port(environ, size=size),
     )
 
 
@@ -176,7 +176,7 @@ def _from_mpi(environ: Mapping[str, str]) -> World:
     node = comm.Split_type(mpi.COMM_TYPE_SHARED)
     if comm.rank == 0:
         address = environ.get("MASTER_ADDR") or (LOOPBACK if node.size == comm.size else _own_address())
-        meeting_point = address, _shared_port(environ, step=_step_id(environ) or 0) or _free_port()
+        meeting_point = address, _shared_port(environ, step=_step_id(environ) or 0) or free_port()
     else:
         meeting_point = None
     address, port = comm.bcast(meeting_point, root=0)
@@ -233,7 +233,7 @@ def _single(environ: Mapping[str, str]) -> World:
     _refuse_batch_shell(environ)
     _refuse_halves(environ)
     # Not the job's port: single processes may run side by side in one job.
-    port = _number(environ, "MASTER_PORT", default=0) or _free_port()
+    port = _number(environ, "MASTER_PORT", default=0) or free_port()
     return World("single", 0, 1, 0, 1, LOOPBACK, port)
 
 
@@ -400,7 +400,7 @@ def _tasks_on_own_node(environ: Mapping[str, str]) -> int:
 
 def _port(environ: Mapping[str, str], *, size: int, step: int = 0) -> int:
     """A port that all ranks arrive at without talking."""
-    return _shared_port(environ, step=step) or (_free_port() if size == 1 else DEFAULT_PORT)
+    return _shared_port(environ, step=step) or (free_port() if size == 1 else DEFAULT_PORT)
 
 
 def _shared_port(environ: Mapping[str, str], *, step: int) -> int | None:
@@ -413,7 +413,8 @@ def _shared_port(environ: Mapping[str, str], *, step: int) -> int | None:
     return SLURM_FIRST_PORT + (job * 7 + step + restarts) % SLURM_PORT_COUNT if job else None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine on which nobody listens yet."""
     with socket.socket() as probe:
         probe.bind((LOOPBACK, 0))
         return int(probe.getsockname()[1])

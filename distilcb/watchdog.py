@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import logging
 import os
 import platform
 import sys
@@ -30,7 +29,7 @@ _LONGEST_SILENCE_SECONDS = 60.0
 # Launchers take about as long to end the others after one that has failed.
 _VERDICT_IS_READ_WITHIN_SECONDS = 2.5 * _BEAT_SECONDS
 
-log = logging.getLogger(__name__)
+_STACKS_AT_MOST = 8
 
 
 class Place(IntEnum):
@@ -198,7 +197,7 @@ class Watchdog:
                 if self.world.is_main:
                     self._tell(verdict)
                     time.sleep(_VERDICT_IS_READ_WITHIN_SECONDS)
-                elif f"rank {self.world.rank} on " in verdict:
+                if self._is_meant(verdict):
                     self._show_stack()
                 self._end(1)
                 return
@@ -249,6 +248,12 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
+
+    def _is_meant(self, verdict: str) -> bool:
+        """Whether this rank's stack tells more; where nobody is blamed, those of the first few do."""
+        if verdict.startswith("no rank has moved"):
+            return self.world.rank < _STACKS_AT_MOST
+        return f"rank {self.world.rank} on " in verdict
 
     def _show_stack(self) -> None:
         print(f"\n[rank {self.world.rank}] stands here:", file=sys.stderr, flush=True)

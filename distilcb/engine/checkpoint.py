@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from distilcb.distributed import barrier, on_main
+from distilcb.distributed import barrier, is_lost_connection, on_main
 from distilcb.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class Checkpoints:
         try:
             engine.save_checkpoint(str(self.folder), tag=temporary.name, client_state=client_state, save_latest=False)
         except (OSError, RuntimeError) as error:
+            if is_lost_connection(error):
+                raise
             shutil.rmtree(temporary, ignore_errors=True)
             raise _unwritable(final, error) from error
         on_main(lambda: self._complete(temporary, final, step, world_size))

@@ -14,11 +14,10 @@ _NAMES = {"teacher": "teacher", "student_start": "student, start", "student": "s
 
 
 def heldout_rows(heldout: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Header and one row a model: each figure ± its standard error."""
+    """Header and one row a model: each figure ± its standard error. Models of other names follow those of a run."""
     rows = [["held-out text", *(title for _, title, _ in _COLUMNS)]]
-    for who, name in _NAMES.items():
-        if who in heldout:
-            rows.append([name, *(_cell(heldout[who], column, form) for column, _, form in _COLUMNS)])
+    for who in [*(who for who in _NAMES if who in heldout), *(who for who in heldout if who not in _NAMES)]:
+        rows.append([_NAMES.get(who, who), *(_cell(heldout[who], column, form) for column, _, form in _COLUMNS)])
     return rows
 
 

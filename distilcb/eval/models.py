@@ -1,0 +1,113 @@
+"""Held-out figures of finished models, the teacher's beside them, on all ranks."""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distilcb.config import REPOSITORY
+from distilcb.data.blocks import Blocks, check_fits
+from distilcb.data.loader import fixed_heldout_batches
+from distilcb.data.prepare import prepare_cached
+from distilcb.data.tokenizer import TextTokenizer
+from distilcb.distributed import device
+from distilcb.errors import ConfigError, DataError, writing
+from distilcb.eval.masked_lm import Figures, evaluate
+from distilcb.eval.report import as_markdown, heldout_rows
+from distilcb.launcher import World
+from distilcb.models.families import family_of
+from distilcb.models.loading import load_masked_lm
+from distilcb.models.teacher import Teacher
+
+log = logging.getLogger(__name__)
+
+_TOKENS_A_PASS = 8192
+
+
+def evaluate_models(
+    models: Sequence[str],
+    *,
+    teacher: str | None,
+    text: Sequence[str],
+    seq_len: int,
+    text_field: str,
+    cache: Path,
+    maskings: int,
+    world: World,
+) -> dict[str, Figures]:
+    """{model: figures} of masked words of the text, as a run's own evaluation makes them; the teacher's as "teacher".
+
+    All models must share one tokenizer, or their figures are of different words.
+
+    Raises:
+        ConfigError: a name given twice, two tokenizers, or blocks longer than a model's positions.
+        DataError, ModelError: what cannot be read.
+    """
+    if maskings < 2:
+        raise ConfigError(f"maskings={maskings}: a standard error needs 2 or more.")
+    if len(set(models)) != len(models):
+        raise ConfigError(f"{', '.join(models)}: a model is named twice.")
+    tokenizer = TextTokenizer(teacher or models[0])
+    for name in models:
+        if TextTokenizer(name).vocabulary.fingerprint != tokenizer.vocabulary.fingerprint:
+            raise ConfigError(
+                f"{name} has another tokenizer than {tokenizer.folder}: they would be asked for different words. "
+                "Evaluate it by itself."
+            )
+    folder = prepare_cached(text, tokenizer=tokenizer, cache=cache, seq_len=seq_len, text_field=text_field)
+    blocks = Blocks(folder)
+    check_fits(blocks, seq_len=seq_len, fingerprint=tokenizer.vocabulary.fingerprint, tokenizer=tokenizer.folder)
+    taught_by = _on_device(Teacher(load_masked_lm(teacher, dtype=_dtype()))) if teacher else None
+    found: dict[str, Figures] = {}
+    for name in models:
+        model = load_masked_lm(name, dtype=_dtype()).to(device())
+        family = family_of(model.config, where=name)
+        if seq_len > family.max_seq_len(model.config):
+            raise ConfigError(f"seq_len={seq_len}: {name} has positions for {family.max_seq_len(model.config)} tokens.")
+        batches = fixed_heldout_batches(
+            blocks,
+            tokenizer.vocabulary,
+            micro_batch=max(1, _TOKENS_A_PASS // seq_len),
+            rank=world.rank,
+            world_size=world.size,
+        )
+        log.info("%s: %d blocks of %d tokens under %d maskings", name, len(blocks), seq_len, maskings)
+        figures = evaluate(model, taught_by, family, batches, maskings=maskings, device=device())
+        found |= {"teacher": figures["teacher"]} if "teacher" in figures else {}
+        found[name] = figures["student"]
+    return found
+
+
+def write_results(output: Path, figures: dict[str, Figures], settings: dict[str, Any]) -> None:
+    """results.json and results.md; what is there of an earlier evaluation is replaced. For rank zero.
+
+    Raises:
+        DataError: a folder that cannot be written to.
+    """
+    where = {"host": platform.node(), "torch": torch.__version__, "device": str(device()), "dtype": str(_dtype())}
+    made = {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": settings, "where": where}
+    with writing(output, DataError, "Name a folder that can be written to."):
+        output.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(made | {"heldout": figures}, indent=2, ensure_ascii=False)
+        (output / "results.json").write_text(text + "\n", encoding="utf-8")
+        (output / "results.md").write_text(as_markdown(heldout_rows(figures)) + "\n", encoding="utf-8")
+
+
+def default_text() -> str:
+    """The held-out text that the repository ships."""
+    return str(REPOSITORY / "recipes" / "mini" / "text" / "heldout")
+
+
+def _dtype() -> torch.dtype:
+    """Half precision where it costs nothing in accuracy that these figures show; a CPU computes in fp32."""
+    return torch.float16 if device().type == "cuda" else torch.float32
+
+
+def _on_device(teacher: Teacher) -> Teacher:
+    teacher.model.to(device())
+    return teacher
