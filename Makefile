@@ -1,5 +1,7 @@
 # make demo    the main job on what the repository ships
-# make test    every test
+# make test    every test but those on Slurm
+# make test-slurm  installs a real Slurm if it is missing (as root, Debian), and tests jobs on it
+# make torture a run of four ranks, killed a hundred times
 # make check   format, lint, types
 # make install the environment alone
 
@@ -10,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install demo test check format
+.PHONY: install demo test test-slurm torture check format
 
 install: $(INSTALLED)
 
@@ -25,7 +27,14 @@ demo: $(INSTALLED)
 	$(BIN)/deepspeed launch/train.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m 'not slurm' --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-slurm: $(INSTALLED)
+	if [ "$$(id -u)" = 0 ] && ! command -v slurmctld >/dev/null; then tests/slurm/slurm_lab.sh install; fi
+	$(BIN)/python -m pytest tests/slurm $(ARGS)
+
+torture: $(INSTALLED)
+	$(BIN)/python benchmarks/torture.py --kills 100 --ranks 4 --runs runs/torture --report docs/results/torture.md
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
