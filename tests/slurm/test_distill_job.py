@@ -77,8 +77,8 @@ def test_a_run_whose_node_loses_power_is_requeued_and_ends_as_if_undisturbed(lab
 def test_an_array_chains_slices_and_those_after_the_last_step_do_nothing(lab, run_dir, undisturbed):
     chain = lab.submit("--run_dir", run_dir, "--fresh", *SMALL, options=(*ONE_RANK_A_NODE, "--array=1-4%1"))
     chain.wait_until(lambda: len(curve(run_dir)) >= 1, "the first slice trains")
-    first = _slices(lab, chain.number)[1]
-    lab.run("scancel", "--batch", "--signal=USR1", first["JobId"])
+    # Slurm 22.05 delivers it, and tries again with "Job can not be altered now" until the slice is over.
+    lab.run("scancel", "--batch", "--signal=USR1", f"{chain.number}_1", check=False)
     said = _wait_for_chain(lab, chain.number)
     assert "the next slice goes on" in said[1]
     assert "resuming from" in said[2]
