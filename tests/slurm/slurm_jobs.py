@@ -18,6 +18,8 @@ SMALL = (
     *("--train.steps", "12", "--train.save_every", "5", "--train.log_every", "3"),
     *("--train.eval_every", "4", "--train.eval_maskings", "2"),
 )
+# What pgrep knows a rank by; srun's own line ends like it.
+RANK_PROGRAM = "^[^ ]*python[^ ]* launch/train.py"
 # As a cluster's own, for nodes that claim GPUs; an hour, so that the warning is far away.
 ONE_RANK_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1", "--time=60")
 
@@ -100,7 +102,7 @@ class Lab:
 
     def signal_rank(self, node: str, name: str) -> None:
         """Signal the training process of a node."""
-        found = self.on_node(node, "pgrep", "--full", "--oldest", "python.* launch/train.py")
+        found = self.on_node(node, "pgrep", "--full", "--oldest", RANK_PROGRAM)
         assert found.returncode == 0, f"no rank on {node}"
         self.on_node(node, "kill", f"-{name}", found.stdout.strip())
 

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from slurm_jobs import SMALL
+from slurm_jobs import RANK_PROGRAM, SMALL
 
 # A rank is taken for stalled after six seconds, where users wait ten minutes.
 IMPATIENT = (*SMALL, "--train.steps", "400", "--train.stall_minutes", "0.1")
@@ -52,4 +52,4 @@ def test_a_cut_cable_ends_the_job_on_both_sides_and_names_the_far_one(lab, job):
 
 
 def _ranks_on(lab, node):
-    return len(lab.on_node(node, "pgrep", "--full", "python.* launch/train.py").stdout.split())
+    return len(lab.on_node(node, "pgrep", "--full", RANK_PROGRAM).stdout.split())
