@@ -108,7 +108,7 @@ class Checkpoints:
         on_main(lambda: _convert(checkpoint.path, universal))
         state = self._load(engine, checkpoint, universal.name)
         barrier()
-        on_main(lambda: self._remove_leftovers(".universal_*.tmp"))
+        on_main(self._remove_leftovers)
         return state
 
     def _load(self, engine: Any, checkpoint: Checkpoint, tag: str) -> dict[str, Any]:
@@ -138,8 +138,9 @@ class Checkpoints:
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def _remove_leftovers(self, pattern: str = ".step_*.tmp") -> None:
-        for path in self.folder.glob(pattern):
+    def _remove_leftovers(self) -> None:
+        """Delete what a killed save, deletion or conversion has left."""
+        for path in [*self.folder.glob(".step_*.tmp"), *self.folder.glob(".universal_*.tmp")]:
             shutil.rmtree(path, ignore_errors=True)
 
     @staticmethod

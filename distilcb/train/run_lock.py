@@ -1,12 +1,14 @@
 """One process at a time in a run folder: a file that says who is there, and is kept fresh while it is.
 
 A lock is left over where its process is gone from this machine, where it belongs to an earlier start of this same Slurm
-job, or where nobody has freshened it for a while (on another machine nothing else can be known).
+job or to a job that Slurm says is not running, or where nobody has freshened it for a while (of a process on another
+machine nothing else can be known).
 """
 
 import json
 import os
 import platform
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -20,6 +22,8 @@ from distilcb.errors import CheckpointError
 LOCK = ".lock"
 _FRESHEN_EVERY_SECONDS = 20.0
 _LEFT_OVER_AFTER_SECONDS = 300.0
+_SQUEUE_SECONDS = 20.0
+_ON_NODES = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 
 
 class RunLock:
@@ -90,10 +94,29 @@ def _is_there(path: Path, holder: dict[str, Any]) -> bool:
         return holder.get("pid") != os.getpid() and _start_of(holder.get("pid")) == holder.get("process_started")
     if holder.get("slurm_job") and holder["slurm_job"] == os.environ.get("SLURM_JOB_ID"):
         return False  # this job, before it was requeued
+    if holder.get("slurm_job") and _is_over(str(holder["slurm_job"])):
+        return False
     try:
         return time.time() - path.stat().st_mtime < _LEFT_OVER_AFTER_SECONDS
     except OSError:
         return False
+
+
+def _is_over(job: str) -> bool:
+    """Whether Slurm says that a job is not on any node; False where it does not say."""
+    try:
+        done = subprocess.run(
+            ["squeue", "--noheader", "--jobs", job, "--format=%T"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_SQUEUE_SECONDS,
+        )
+    except (OSError, subprocess.SubprocessError):  # no squeue in a container, or a controller that is busy
+        return False
+    if done.returncode:
+        return "Invalid job id" in done.stderr  # ended long ago
+    return not set(done.stdout.split()) & _ON_NODES
 
 
 def _start_of(pid: Any) -> str | None:

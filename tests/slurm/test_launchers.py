@@ -52,3 +52,13 @@ def test_an_mpi_that_srun_does_not_reach_is_told_with_the_option_that_helps(lab)
 def test_a_job_of_several_tasks_started_without_srun_is_told_to_use_it(lab):
     said = say_of_job(lab, SAY, "--nodes=2", "--ntasks-per-node=2", exit_code="2:0")
     assert "was not started by srun and would train alone" in said
+
+
+def test_two_nodes_with_one_empty_folder_for_operators_compile_them_once(lab):
+    folder = lab.shared / "operators"
+    folder.mkdir()
+    said = say_of_job(lab, f"TORCH_EXTENSIONS_DIR={folder} srun {SAY}", "--nodes=2", "--ntasks-per-node=1")
+    assert said.count('"sum": 3.0') == 2, said
+    log = (folder / "deepspeed_shm_comm" / ".ninja_log").read_text()
+    assert log.count("deepspeed_shm_comm.so") == 1, log
+    assert not (folder / "deepspeed_shm_comm" / "lock").exists()

@@ -89,6 +89,31 @@ def test_a_requeued_job_takes_over_its_own_lock_and_no_other_does(tmp_path, else
             refuse_if_held(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("says", "free"),
+    [
+        ("echo RUNNING", False),
+        ("echo COMPLETING", False),
+        ("echo PENDING", True),
+        ("true", True),
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
+        ("echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1", False),
+    ],
+)
+def test_a_job_that_slurm_says_is_not_running_keeps_nobody_out(tmp_path, elsewhere, monkeypatch, says, free):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "squeue").write_text(f'#!/bin/sh\n[ "$*" = "--noheader --jobs 42 --format=%T" ] || exit 9\n{says}\n')
+    (tools / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    elsewhere(slurm_job="42")
+    if free:
+        refuse_if_held(tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match="Slurm job 42"):
+            refuse_if_held(tmp_path)
+
+
 def test_a_lock_that_cannot_be_read_keeps_others_out_for_a_while(tmp_path):
     path = tmp_path / run_lock.LOCK
     path.write_text("half of")
