@@ -23,6 +23,7 @@ from typing import Any
 from distilcb.errors import TrainingError, first_line
 from distilcb.launcher import World
 
+RESUME_ADVICE = "What was saved stays; the same command goes on from there."
 _BEAT_SECONDS = 2.0
 # Threads of a process that works get the interpreter in far less.
 _LONGEST_SILENCE_SECONDS = 60.0
@@ -45,6 +46,11 @@ class Place(IntEnum):
     EVALUATION_SUMS = 7
     SAVING = 8
     FINISHING = 9
+    # launch/doctor.py's, whose steps are its measurements.
+    PRODUCTS = 10
+    SUMS = 11
+    LINKS = 12
+    DISK = 13
 
     def __str__(self) -> str:
         return _NAMES[self]
@@ -61,6 +67,10 @@ _NAMES = {
     Place.EVALUATION_SUMS: "summing an evaluation over ranks",
     Place.SAVING: "saving a checkpoint",
     Place.FINISHING: "finishing the run",
+    Place.PRODUCTS: "measuring matrix products",
+    Place.SUMS: "measuring sums over ranks",
+    Place.LINKS: "measuring links between nodes",
+    Place.DISK: "measuring the file system",
 }
 
 
@@ -137,9 +147,9 @@ def _where(sights: dict[int, Sight]) -> str:
 class Watchdog:
     """Watches over the ranks from `start` to `stop`; ends the process with exit code 1 where something is wrong."""
 
-    def __init__(self, world: World, store: Any, *, stall_minutes: float) -> None:
-        """store: a connection to the ranks' common store."""
-        self.world, self.store = world, store
+    def __init__(self, world: World, store: Any, *, stall_minutes: float, advice: str = RESUME_ADVICE) -> None:
+        """store: a connection to the ranks' common store. advice: what to do, told after what is wrong."""
+        self.world, self.store, self.advice = world, store, advice
         self.stall_seconds = stall_minutes * 60
         self.silence_seconds = min(_LONGEST_SILENCE_SECONDS, self.stall_seconds)
         self._sights = {rank: Sight() for rank in range(world.size)} if world.is_main else {}
@@ -182,9 +192,7 @@ class Watchdog:
 
     def _lost(self, what: str, error: Exception) -> TrainingError:
         step = _position.step
-        return TrainingError(
-            f"step {step}: {what}. What was saved stays; the same command goes on from there. ({first_line(error)})"
-        )
+        return TrainingError(f"step {step}: {what}. {self.advice} ({first_line(error)})")
 
     def _watch(self) -> None:
         while not self._stopped.wait(_BEAT_SECONDS):
@@ -243,11 +251,7 @@ class Watchdog:
 
     def _tell(self, verdict: str) -> None:
         prefix = "" if self.world.is_main else f"[rank {self.world.rank}] "
-        print(
-            f"\n{prefix}TrainingError: {verdict}. What was saved stays; the same command goes on from there.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"\n{prefix}TrainingError: {verdict}. {self.advice}", file=sys.stderr, flush=True)
 
     def _is_meant(self, verdict: str) -> bool:
         """Whether this rank's stack tells more; where nobody is blamed, those of the first few do."""

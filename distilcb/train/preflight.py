@@ -44,7 +44,7 @@ def preflight(world: World, command: CommandLine, settings: dict[str, Any]) -> i
     ranks = gather_objects(_facts(command, settings))
     hosts = Counter(facts["host"] for facts in ranks)
     faults = [*disagreements(ranks), *layout_faults(world, hosts, os.environ)]
-    if wrong := _wrong_sums(world):
+    if wrong := wrong_sums(world):
         faults.append(wrong)
     if len(hosts) > 1 and not faults:
         faults += _unseen(command.run_dir, [facts["host"] for facts in ranks])
@@ -110,7 +110,7 @@ def check_free_disk(run_dir: Path, *, parameters: int, keep: int) -> None:
         CheckpointError: not even for one.
     """
     one = parameters * _BYTES_A_PARAMETER
-    free = shutil.disk_usage(_existing(run_dir)).free
+    free = shutil.disk_usage(nearest_folder(run_dir)).free
     held = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file()) if run_dir.is_dir() else 0
     if free < one:
         raise CheckpointError(
@@ -124,23 +124,34 @@ def check_free_disk(run_dir: Path, *, parameters: int, keep: int) -> None:
         )
 
 
-def _facts(command: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
+def versions() -> dict[str, str]:
+    """What must be the same on all ranks, whatever they are to do."""
     import deepspeed
     import transformers
 
     import distilcb
 
-    name = torch.cuda.get_device_name(device()) if uses_cuda() else "CPU"
+    return {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+        "distilcb": distilcb.__version__,
+        "the kind of device": device().type,
+    }
+
+
+def device_name() -> str:
+    """The GPU's name, or "CPU"."""
+    return torch.cuda.get_device_name(device()) if uses_cuda() else "CPU"
+
+
+def _facts(command: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "host": platform.node(),
-        "device": name,
+        "device": device_name(),
         "same": {
-            "Python": platform.python_version(),
-            "torch": torch.__version__,
-            "deepspeed": deepspeed.__version__,
-            "transformers": transformers.__version__,
-            "distilcb": distilcb.__version__,
-            "the kind of device": device().type,
+            **versions(),
             "the resolved recipe": _digest(to_plain(command.config)),
             "the DeepSpeed file": _digest(settings),
             "the run folder": str(command.run_dir),
@@ -152,7 +163,7 @@ def _digest(settings: dict[str, Any]) -> str:
     return xxhash.xxh3_64_hexdigest(repr(settings).encode())
 
 
-def _wrong_sums(world: World) -> str | None:
+def wrong_sums(world: World) -> str | None:
     """Sum small whole numbers over all ranks: any order of adding gives the exact sum."""
     numbers = torch.arange(1, 4097, dtype=torch.float32, device=device()) % 64
     total = all_reduce_sum(numbers * (world.rank % 64))
@@ -166,15 +177,28 @@ def _wrong_sums(world: World) -> str | None:
     )
 
 
-def _unseen(run_dir: Path, hosts: list[str]) -> list[str]:
-    """Machines that do not see a file that rank zero writes beside the run folder."""
-    folder = on_main(lambda: _existing(run_dir))
+def blind_hosts(folder: Path, hosts: Sequence[str]) -> list[str]:
+    """Machines that do not see a file that rank zero writes to a folder. Every rank must call it.
+
+    Args:
+        hosts: each rank's.
+    """
     beacon = folder / on_main(lambda: f".distilcb_{uuid.uuid4().hex}")
     written = on_main(lambda: _touch(beacon))
     seen = gather_objects(_appears(beacon)) if written else [True] * len(hosts)
     barrier()
     on_main(lambda: beacon.unlink(missing_ok=True))
-    blind = sorted({host for host, sees in zip(hosts, seen, strict=True) if not sees})
+    return sorted({host for host, sees in zip(hosts, seen, strict=True) if not sees})
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    return next(each for each in (path, *path.parents) if each.is_dir())
+
+
+def _unseen(run_dir: Path, hosts: list[str]) -> list[str]:
+    folder = on_main(lambda: nearest_folder(run_dir))
+    blind = blind_hosts(folder, hosts)
     if not blind:
         return []
     return [
@@ -199,8 +223,3 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(0.1)
     return True
-
-
-def _existing(path: Path) -> Path:
-    """The folder itself, or the nearest one above it that is there."""
-    return next(each for each in (path, *path.parents) if each.is_dir())

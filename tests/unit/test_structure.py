@@ -20,6 +20,7 @@ LAYERS = [
     {"engine"},
     {"eval", "export"},
     {"train"},
+    {"doctor"},
     {"launch"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
