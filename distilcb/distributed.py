@@ -18,7 +18,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from distilcb.errors import LaunchError, TrainingError, UserError
+from distilcb.errors import LaunchError, TrainingError, UserError, first_line
 from distilcb.launcher import World, discover, export, says_rank_zero
 from distilcb.machine import (
     is_compiled,
@@ -267,18 +267,38 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
         _end_at_once_among_ranks(_INTERRUPTED)
         return _INTERRUPTED
     except (UserError, TrainingError) as error:
-        code = 2 if isinstance(error, UserError) else 1
-        prefix = ""
-        if not is_main_process():
-            # Launchers end the others with SIGTERM once rank zero has failed, and srun reports the largest exit code.
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-            time.sleep(_RANK_ZERO_SPEAKS_FIRST_SECONDS)
-            prefix = f"[rank {os.environ.get('RANK', '?')}] "
-        if not prefix or isinstance(error, UserError):
-            print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        _end_at_once_among_ranks(code)
-        return code
+        return _tell_and_end(error)
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        return _tell_and_end(TrainingError(f"another rank is gone, which may say why ({first_line(error)})."))
+    _end_without_finalizing()
     return 0
+
+
+def _tell_and_end(error: Exception) -> int:
+    code = 2 if isinstance(error, UserError) else 1
+    prefix = ""
+    if not is_main_process():
+        # Launchers end the others with SIGTERM once rank zero has failed, and srun reports the largest exit code.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(_RANK_ZERO_SPEAKS_FIRST_SECONDS)
+        prefix = f"[rank {os.environ.get('RANK', '?')}] "
+    if not prefix or isinstance(error, UserError):
+        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    _end_at_once_among_ranks(code)
+    return code
+
+
+def _end_without_finalizing() -> None:
+    """End one of several ranks once all is done: gloo's threads now and then abort a process that Python tears down."""
+    if int(os.environ.get("WORLD_SIZE") or 1) == 1 or "torch" not in sys.modules:
+        return
+    logging.shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def at_exit(action: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -156,6 +157,7 @@ class Watchdog:
         self._known: set[int] = set()
         self._beats = 0
         self._unanswered_seconds = 0.0
+        self._fault_seen_at = time.monotonic()
         self._stopped = threading.Event()
         self._end: Callable[[int], Any] = os._exit
 
@@ -169,14 +171,24 @@ class Watchdog:
         """Watch no more: from here on ranks may leave."""
         self._stopped.set()
 
+    def confess(self, error: Exception) -> None:
+        """Leave word of what ends this rank, for those that will miss it."""
+        if self.world.is_main or self.world.size == 1:
+            return  # rank zero tells its faults itself
+        with suppress(Exception):  # rank zero may be gone already
+            fault = f"{type(error).__name__}: {error}"
+            self.store.set("fault", f"rank {self.world.rank} on {platform.node()} ended: {fault}")
+
     def lost(self, error: Exception) -> TrainingError:
         """The error of a collective whose other side is gone, told by who it was.
 
-        The beats tell: those that live go on with them for as long as this waits.
+        The rank may have left word. Else the beats tell: those that live go on with them for as long as this waits.
         """
         started, before = time.monotonic(), dict.fromkeys(range(self.world.size), -1)
         sights = {rank: Sight() for rank in before}
         try:
+            if fault := self._confessed():
+                return self._lost(fault, error)
             while time.monotonic() - started < 3 * _BEAT_SECONDS:
                 self._see(sights)
                 for rank, sight in sights.items():
@@ -195,20 +207,24 @@ class Watchdog:
         return TrainingError(f"step {step}: {what}. {self.advice} ({first_line(error)})")
 
     def _watch(self) -> None:
-        while not self._stopped.wait(_BEAT_SECONDS):
+        while not self._stopped.is_set():
             try:
                 verdict = self._beat()
+                self._unanswered_seconds = 0.0
             except Exception:  # the store's errors have no class in common
-                continue
-            self._unanswered_seconds = 0.0
-            if verdict:
-                if self.world.is_main:
-                    self._tell(verdict)
-                    time.sleep(_VERDICT_IS_READ_WITHIN_SECONDS)
-                if self._is_meant(verdict):
-                    self._show_stack()
-                self._end(1)
+                verdict = None
+            if verdict and not self._stopped.is_set():
+                self._carry_out(verdict)
                 return
+            self._stopped.wait(_BEAT_SECONDS)
+
+    def _carry_out(self, verdict: str) -> None:
+        if self.world.is_main:
+            self._tell(verdict)
+            time.sleep(_VERDICT_IS_READ_WITHIN_SECONDS)
+        if self._is_meant(verdict):
+            self._show_stack()
+        self._end(1)
 
     def _wait_for_answers(self) -> None:
         """End where rank zero's store gives none: its process has stopped, or the network to it has.
@@ -238,9 +254,18 @@ class Watchdog:
         self._see(self._sights)
         now, silence, stall = time.monotonic(), self.silence_seconds, self.stall_seconds
         verdict = judge(self._sights, now=now, silence_seconds=silence, stall_seconds=stall)
+        if (fault := self._confessed()) and time.monotonic() - self._fault_seen_at > _VERDICT_IS_READ_WITHIN_SECONDS:
+            verdict = fault  # and this rank has not met the same one
         if verdict:
             self.store.set("verdict", verdict)
         return verdict
+
+    def _confessed(self) -> str | None:
+        """The fault with which another rank has ended."""
+        if not self.store.check(["fault"]):
+            self._fault_seen_at = time.monotonic()
+            return None
+        return str(self.store.get("fault").decode())
 
     def _see(self, sights: dict[int, Sight]) -> None:
         self._known |= {rank for rank in sights if rank not in self._known and self.store.check([f"beat/{rank}"])}

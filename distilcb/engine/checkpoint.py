@@ -21,7 +21,7 @@ from typing import Any
 
 import xxhash
 
-from distilcb.distributed import barrier, is_lost_connection, on_main
+from distilcb.distributed import barrier, is_lost_connection, is_main_process, on_main
 from distilcb.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -59,14 +59,15 @@ class Checkpoints:
         """
         final = self._path(step)
         temporary = self.folder / f".{final.name}.tmp"
-        on_main(self._remove_leftovers)
+        on_main(self.remove_leftovers)
         client_state = state | {"step": step, "world_size": world_size, "format_version": FORMAT_VERSION}
         try:
             engine.save_checkpoint(str(self.folder), tag=temporary.name, client_state=client_state, save_latest=False)
         except (OSError, RuntimeError) as error:
             if is_lost_connection(error):
                 raise
-            shutil.rmtree(temporary, ignore_errors=True)
+            if is_main_process():  # the others leave it alone: rank zero may still be writing there
+                shutil.rmtree(temporary, ignore_errors=True)
             raise _unwritable(final, error) from error
         on_main(lambda: self._complete(temporary, final, step, world_size))
         return final
@@ -108,7 +109,7 @@ class Checkpoints:
         on_main(lambda: _convert(checkpoint.path, universal))
         state = self._load(engine, checkpoint, universal.name)
         barrier()
-        on_main(self._remove_leftovers)
+        on_main(self.remove_leftovers)
         return state
 
     def _load(self, engine: Any, checkpoint: Checkpoint, tag: str) -> dict[str, Any]:
@@ -138,7 +139,7 @@ class Checkpoints:
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
         """Delete what a killed save, deletion or conversion has left."""
         for path in [*self.folder.glob(".step_*.tmp"), *self.folder.glob(".universal_*.tmp")]:
             shutil.rmtree(path, ignore_errors=True)

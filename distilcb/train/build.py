@@ -150,44 +150,44 @@ def build(command: CommandLine) -> Run | None:
     train_blocks, heldout_blocks = _open_text(config, models.tokenizer, place.world)
     text = _contents(train_blocks, heldout_blocks)
     facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text}
-    parameters, keep = sum(each.numel() for each in models.student.parameters()), config.train.keep_checkpoints
-    on_main(lambda: check_free_disk(folder.path, parameters=parameters, keep=keep))
+    checkpoints, newest = _begin(command, place, folder, state, models, facts)
+    universal = newest is not None and newest.world_size != place.world.size
+    engine, stepper, micro_batches, counts = wire_stepper(config, place, models, train_blocks, load_universal=universal)
+    progress = _restore(checkpoints, newest, engine, place.world, state)
+    heldout = _heldout_batches(config, place.world, models.tokenizer, heldout_blocks) if heldout_blocks else None
+    store = distributed.open_store(place.world, timeout_seconds=_STORE_SECONDS)
+    return Run(
+        config=config,
+        place=place,
+        folder=folder,
+        models=models,
+        engine=engine,
+        stepper=stepper,
+        micro_batches=micro_batches,
+        heldout=heldout,
+        checkpoints=checkpoints,
+        progress=progress,
+        counts=counts,
+        stop=StopRequest(place.world, store, folder.path),
+        watchdog=Watchdog(place.world, store, stall_minutes=config.train.stall_minutes),
+    )
+
+
+def _begin(
+    command: CommandLine, place: Place, folder: RunFolder, state: RunState, models: Models, facts: dict[str, Any]
+) -> tuple[Checkpoints, Checkpoint | None]:
+    """Take the run folder, and see that its disk has room; returns its checkpoints and the one to go on from."""
+    parameters, keep = sum(each.numel() for each in models.student.parameters()), command.config.train.keep_checkpoints
+    if state is RunState.NEW:
+        on_main(lambda: check_free_disk(folder.path, parameters=parameters, keep=keep))
     on_main(lambda: folder.begin_or_check(command, state, provenance(command, place.world.size), facts))
     on_main(lambda: save_recipe_of_model(folder.model, models.student, models.tokenizer.hugging_face))
-    checkpoints = Checkpoints(folder.checkpoints, keep=config.train.keep_checkpoints)
-    newest = on_main(checkpoints.newest) if state is RunState.RESUMED else None
-    engine, stepper, micro_batches, counts = wire_stepper(
-        config,
-        place,
-        models,
-        train_blocks,
-        load_universal=newest is not None and newest.world_size != place.world.size,
-    )
-    progress = _restore(checkpoints, newest, engine, place.world, state)
-    heldout = None
-    if heldout_blocks:
-        # Nothing is kept for a backward pass, so that more fits than in training.
-        micro_batch = max(config.optim.micro_batch, _HELDOUT_TOKENS // config.data.seq_len)
-        vocabulary, rank, size = models.tokenizer.vocabulary, place.world.rank, place.world.size
-        heldout = fixed_heldout_batches(heldout_blocks, vocabulary, micro_batch=micro_batch, rank=rank, world_size=size)
-    store = distributed.open_store(place.world, timeout_seconds=_STORE_SECONDS)
-    stop = StopRequest(place.world, store, folder.path)
-    watchdog = Watchdog(place.world, store, stall_minutes=config.train.stall_minutes)
-    return Run(
-        config,
-        place,
-        folder,
-        models,
-        engine,
-        stepper,
-        micro_batches,
-        heldout,
-        checkpoints,
-        progress,
-        counts,
-        stop,
-        watchdog,
-    )
+    checkpoints = Checkpoints(folder.checkpoints, keep=keep)
+    if state is RunState.NEW:
+        return checkpoints, None
+    on_main(checkpoints.remove_leftovers)  # a save that filled the disk may have left what it wrote
+    on_main(lambda: check_free_disk(folder.path, parameters=parameters, keep=keep))
+    return checkpoints, on_main(checkpoints.newest)
 
 
 def take_place(command: CommandLine) -> Place:
@@ -271,6 +271,13 @@ def wire_stepper(
         device=place.device,
     )
     return engine, stepper, MicroBatches(blocks, order, masking, cut), counts
+
+
+def _heldout_batches(config: Config, world: World, tokenizer: TextTokenizer, blocks: Blocks) -> HeldoutBatches:
+    # Nothing is kept for a backward pass, so that more fits than in training.
+    micro_batch = max(config.optim.micro_batch, _HELDOUT_TOKENS // config.data.seq_len)
+    vocabulary = tokenizer.vocabulary
+    return fixed_heldout_batches(blocks, vocabulary, micro_batch=micro_batch, rank=world.rank, world_size=world.size)
 
 
 def start_engine(module: StepModule, config: Config, place: Place, *, load_universal: bool = False) -> Any:

@@ -13,6 +13,7 @@ from distilcb.config import flatten, to_plain
 from distilcb.data.loader import HeldoutBatches
 from distilcb.distributed import all_reduce_sum, is_lost_connection, on_main
 from distilcb.engine.stepper import StepResult
+from distilcb.errors import TrainingError, UserError
 from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import InterruptedEvaluation, evaluate
 from distilcb.eval.report import as_console, heldout_rows
@@ -48,6 +49,9 @@ def train(run: Run) -> None:
         try:
             reason = run.stop.agreed_now() or _look_before_first_step(run, writer) or _take_steps(run, writer)
             reason = reason or _finish(run, writer)
+        except (UserError, TrainingError) as error:
+            run.watchdog.confess(error)
+            raise
         except RuntimeError as error:
             if is_lost_connection(error):
                 raise run.watchdog.lost(error) from error

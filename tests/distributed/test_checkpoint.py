@@ -302,7 +302,8 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_been_killed(killed_run, resumed_
 @pytest.mark.launch
 def test_one_rank_without_disk_space_ends_all_and_says_why(resumed_run):
     ranks, folder = resumed_run
-    assert [rank.exit_code for rank in ranks] == [2, 2], ranks[0].output + ranks[1].output
+    assert [rank.exit_code for rank in ranks] == [1, 2], ranks[0].output + ranks[1].output
+    assert "TrainingError: another rank is gone, which may say why" in ranks[0].output
     message = f"[rank 1] CheckpointError: {folder / 'step_00000006'} cannot be written"
     assert ranks[1].output.count(message) == ranks[1].output.count("cannot be written") == 1
     assert newest_step(folder) == 2

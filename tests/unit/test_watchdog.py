@@ -165,6 +165,25 @@ def test_a_lost_connection_is_told_by_who_is_gone(dogs):
     assert told.endswith("(gloo: Connection closed by peer [10.0.0.2]:4711)")
 
 
+def test_a_fault_that_a_rank_has_left_word_of_is_told_instead(dogs, capfd):
+    make, _, ended = dogs
+    at(Place.SAVING, step=8)
+    make(1).confess(OSError("No space left on device"))
+    alive = make(0)
+    told = str(alive.lost(RuntimeError("gloo: Connection closed by peer")))
+    assert "ended: OSError: No space left on device. " in told
+    assert told.startswith("step 8: rank 1 on ")
+    alive.start()  # where nothing breaks its collective, the watchdog ends it
+    wait_for(lambda: ended)
+    assert "ended: OSError: No space left on device" in capfd.readouterr().err
+
+
+def test_rank_zero_leaves_no_word_as_it_tells_its_faults_itself(dogs):
+    make, store, _ = dogs
+    make(0).confess(OSError("No space left on device"))
+    assert not store.check(["fault"])
+
+
 def test_a_single_process_is_not_watched():
     import threading
 
