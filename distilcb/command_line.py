@@ -68,7 +68,7 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
     return CommandLine(config, recipe, run_dir.absolute(), known.fresh, known.dry_run, tuple(words))
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser whose faults are those of a user: one message, on one rank."""
 
     def error(self, message: str) -> typing.NoReturn:
@@ -76,7 +76,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "%(prog)s [--recipe FILE] [--section.name VALUE ...]"
     parser.description = (
         "Distil a teacher into a smaller student. Every setting of a recipe can be given here as --section.name VALUE. "

@@ -33,6 +33,10 @@ class TrainingError(Exception):
     """Training cannot go on (a loss that is not finite, say); what was saved stays good. Exit code 1."""
 
 
+class ReplayError(TrainingError):
+    """A step that was taken again came out otherwise than it was logged. Exit code 1."""
+
+
 @contextmanager
 def writing(path: Path, kind: type[UserError], advice: str) -> Iterator[None]:
     """Turn what the file system says while `path` is written into a message of `kind` that ends with `advice`."""

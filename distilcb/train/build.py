@@ -320,8 +320,8 @@ def _other_tokenizer(config: Config, tokenizer: TextTokenizer) -> str | None:
 
 
 def _open_text(config: Config, tokenizer: TextTokenizer, world: World) -> tuple[Blocks, Blocks | None]:
-    train = _open_blocks(config.data, config.data.train, tokenizer, world)
-    heldout = _open_blocks(config.data, config.data.heldout, tokenizer, world) if config.data.heldout else None
+    train = open_blocks(config.data, config.data.train, tokenizer, world)
+    heldout = open_blocks(config.data, config.data.heldout, tokenizer, world) if config.data.heldout else None
     held_out = f"{len(heldout):,}" if heldout else "none"
     log.info("text: %s blocks of %d tokens to train on, %s held out", f"{len(train):,}", config.data.seq_len, held_out)
     return train, heldout
@@ -332,7 +332,8 @@ def _contents(train: Blocks, heldout: Blocks | None) -> dict[str, str | None]:
     return {"train": train.description.content, "heldout": heldout.description.content if heldout else None}
 
 
-def _open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokenizer, world: World) -> Blocks:
+def open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokenizer, world: World) -> Blocks:
+    """The blocks that `names` stand for, prepared if they are not, and known to fit."""
     folder = prepare_cached(
         names,
         tokenizer=tokenizer,
