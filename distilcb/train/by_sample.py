@@ -77,10 +77,10 @@ def figures_by_sample(
     # the mean.
     to_step = 1.0 / (loss_scale * cut.world_size)
     by = divisors(stepper.loss, counts)
-    rows = torch.tensor([by[term] for term in TERMS], dtype=torch.float64, device=device) / cut.global_batch
+    rows = torch.tensor([by[term] for term in TERMS], dtype=torch.float64) / cut.global_batch
     figures = all_reduce_sum(figures).cpu()
     grad_norm = float(_norm(tuple(all_reduce_sum(whole) for whole in total))) * to_step
-    return BySample(figures[:, :-1] / rows.cpu(), figures[:, -1] * to_step * cut.global_batch, grad_norm)
+    return BySample(figures[:, :-1] / rows, figures[:, -1] * to_step * cut.global_batch, grad_norm)
 
 
 def _norm(tensors: tuple[Tensor, ...]) -> Tensor:

@@ -106,7 +106,8 @@ def replay(
         raise
     report.taken = {name: taken[name] for name in _comparable(config)}
     report.comparison = _compare(plan, together, _comparable(config))
-    on_main(lambda: print(report.verdict(), flush=True))
+    if world.is_main:
+        print(report.verdict(), flush=True)
     on_main(lambda: _write(report, output))
     if report.comparison and report.comparison.differing:
         raise _not_as_logged(report.comparison, folder)
@@ -143,7 +144,10 @@ def _check_output(output: Path, folder: RunFolder) -> None:
 def _refuse(folder: RunFolder, what: str, changed: list[str]) -> None:
     """Raise CheckpointError where the run was begun with something else, which `changed` has lines on."""
     if changed:
-        advice = "A step is replayed with what it was taken with: say where that lies now, or put it back."
+        advice = (
+            "A step is replayed with the text, the models and the kind of device that it was taken with. Say where "
+            "they lie now (--data.train, --teacher.model), or go there."
+        )
         raise CheckpointError("\n  ".join([f"{folder.path} was begun with other {what}:", *changed, advice]))
 
 
@@ -164,8 +168,8 @@ def _logged_together(records: list[dict[str, Any]], step: int) -> tuple[int, int
     record = next((record for record in records if record["step"] >= step), None)
     if record is not None:
         before = max((each["step"] for each in records if each["step"] < record["step"]), default=0)
-        # Lines from before window_steps was written go by the line before them.
-        first = record["step"] - record.get("window_steps", record["step"] - before) + 1
+        steps = record.get("window_steps")  # lines from before it was written go by the line before them
+        first = (record["step"] - steps if isinstance(steps, int) else before) + 1
         if 1 <= first <= step:  # else its own line is lost
             return first, record["step"], record
     return step, step, None
@@ -310,7 +314,8 @@ def _write(report: ReplayReport, output: Path | None) -> None:
 def _not_as_logged(compared: Comparison, folder: RunFolder) -> ReplayError:
     begun, now = flatten(folder.provenance()), flatten(surroundings())
     changed = [f"{name} {begun[name]} -> {now[name]}" for name in now if name in begun and begun[name] != now[name]]
-    lines = [f"steps {compared.first} to {compared.last} came out otherwise than {folder.path / METRICS} says:"]
+    steps = f"steps {compared.first} to {compared.last}" if compared.first < compared.last else f"step {compared.last}"
+    lines = [f"{steps} came out otherwise than {folder.path / METRICS} says:"]
     lines += [f"{name}: logged {compared.logged[name]}, now {compared.replayed[name]}" for name in compared.differing]
     lines.append(f"Other than at the run's first start: {', '.join(changed) or 'nothing that is written down'}.")
     lines.append(

@@ -39,7 +39,10 @@ def _look(deepspeed: str, loss: LossConfig, dropout: float) -> dict[str, Any]:
         each.take(0, STEP)
     take_weights(spare, run.engine.module)
     scale = float(run.engine.optimizer.cur_scale) if "fp16" in deepspeed else 1.0
-    figures = figures_by_sample(spare, run.stepper, run.micro_batches, run.counts, step=STEP, loss_scale=scale)
+    figures, again = (
+        figures_by_sample(spare, run.stepper, run.micro_batches, run.counts, step=STEP, loss_scale=scale)
+        for _ in range(2)
+    )
     (result,), (same,) = run.take(STEP, STEP + 1), undisturbed.take(STEP, STEP + 1)
     by = torch.tensor([divisors(loss, run.counts)[term] for term in TERMS], dtype=torch.float64)
     pairs = zip(run.engine.module.parameters(), undisturbed.engine.module.parameters(), strict=True)
@@ -47,6 +50,7 @@ def _look(deepspeed: str, loss: LossConfig, dropout: float) -> dict[str, Any]:
         "terms": figures.terms,
         "grad_norms": figures.grad_norms,
         "grad_norm": figures.grad_norm,
+        "same_again": bool((figures.terms == again.terms).all() and (figures.grad_norms == again.grad_norms).all()),
         "step_terms": all_reduce_sum(result.sums.clone()) / by,
         "step_grad_norm": float(result.grad_norm),
         "same_sums": bool((result.sums == same.sums).all()),
@@ -95,6 +99,7 @@ def test_looking_at_the_samples_leaves_the_step_as_it_is_to_the_last_bit(looked,
 
 def test_samples_are_looked_at_without_dropout(looked):
     seen = looked[0]["dropout"]
+    assert seen["same_again"]  # dropout would be drawn anew
     assert not torch.allclose(seen["terms"].mean(0), seen["step_terms"], rtol=1e-3)
 
 
