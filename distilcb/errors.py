@@ -37,6 +37,10 @@ class MachineError(TrainingError):
     """Something is wrong with the machines of an allocation; the message names where. Exit code 1."""
 
 
+class ReplayError(TrainingError):
+    """A step that was taken again came out otherwise than it was logged. Exit code 1."""
+
+
 @contextmanager
 def writing(path: Path, kind: type[UserError], advice: str) -> Iterator[None]:
     """Turn what the file system says while `path` is written into a message of `kind` that ends with `advice`."""

@@ -72,7 +72,10 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         step, micro = divmod(index, self.cut.accumulation)
-        positions = self.cut.positions(step, micro)
+        return self.at(self.cut.positions(step, micro))
+
+    def at(self, positions: np.ndarray) -> Batch:
+        """The samples at these positions of the run, as one batch."""
         rows = self.order.row(positions)
         return make_batch(self.masking, self.blocks.read(rows), rows, self.order.epoch(positions))
 

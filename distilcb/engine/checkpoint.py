@@ -77,9 +77,11 @@ class Checkpoints:
         names = (_NAME.fullmatch(path.name) for path in self.folder.glob("step_*"))
         return sorted(int(name[1]) for name in names if name)
 
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose files are what its manifest says; damaged ones are named and passed over."""
-        return next((found for step in reversed(self.steps()) if (found := self.of_step(step))), None)
+    def newest(self, *, before: int | None = None) -> Checkpoint | None:
+        """The newest checkpoint (before a step) whose files are what its manifest says; damaged ones are named and
+        passed over."""
+        steps = [step for step in self.steps() if before is None or step < before]
+        return next((found for step in reversed(steps) if (found := self.of_step(step))), None)
 
     def of_step(self, step: int) -> Checkpoint | None:
         """The checkpoint of a step, if its files are what its manifest says; a damaged one is named."""

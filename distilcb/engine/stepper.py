@@ -21,7 +21,7 @@ from distilcb.engine.optimizer import learning_rate
 from distilcb.engine.step_module import soft_rows
 from distilcb.errors import TrainingError
 from distilcb.losses.triplet import TERMS, Counts, coefficients
-from distilcb.models.teacher import Teacher
+from distilcb.models.teacher import Teacher, TeacherOutput
 from distilcb.watchdog import Place, at
 
 
@@ -98,11 +98,7 @@ class Stepper:
     def _micro_step(self, step: int, micro: int, batch: Batch) -> Tensor:
         if self.dropout:  # dropout as a function of its place, so that a checkpoint holds no generator
             torch.manual_seed(int(key(self.seed, step, self.cut.global_index(micro))) >> 1)
-        taught = None
-        if self.teacher is not None and (self.loss.kl or self.loss.mse or self.loss.cos):
-            at(Place.TEACHER)
-            rows = soft_rows(batch, self.loss)
-            taught = self.teacher(batch.input_ids, rows, wants_hidden=bool(self.loss.cos))
+        taught = self.teach(batch)
         at(Place.FORWARD)
         loss, sums = self.engine(batch, taught, self.coefficients)
         self.engine.set_gradient_accumulation_boundary(micro == self.cut.accumulation - 1)
@@ -120,6 +116,13 @@ class Stepper:
                 ) from error
             raise
         return sums
+
+    def teach(self, batch: Batch) -> TeacherOutput | None:
+        """What the student learns from in these blocks; None where no term needs a teacher."""
+        if self.teacher is None or not (self.loss.kl or self.loss.mse or self.loss.cos):
+            return None
+        at(Place.TEACHER)
+        return self.teacher(batch.input_ids, soft_rows(batch, self.loss), wants_hidden=bool(self.loss.cos))
 
     def refuse_non_finite(self) -> None:
         """Raise TrainingError on every rank where a loss term was not finite on one; waits for the device.

@@ -13,7 +13,24 @@ from tqdm import tqdm
 log = logging.getLogger(__name__)
 
 # metrics.jsonl's names -> TensorBoard's, where they are not just prefixed with train/.
-_NOT_CURVES = {"step", "tokens", "epoch", "seconds"}
+_NOT_CURVES = {"step", "window_steps", "tokens", "epoch", "seconds"}
+METRICS = "metrics.jsonl"
+
+
+def logged_steps(run_dir: Path) -> list[dict[str, Any]]:
+    """The training records of metrics.jsonl by rising step; evaluations, and what is no whole line, are left out."""
+    path = run_dir / METRICS
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # being written, or cut by a kill
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and "loss" in record:
+            records.append(record)
+    return sorted(records, key=lambda record: record["step"])
 
 
 class RunWriter:
@@ -23,7 +40,7 @@ class RunWriter:
         """Lines and curves after `first_step`, which a killed start may have left, are dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         last_kept = first_step or -1  # what is resumed at 0 had no checkpoint, and evaluates step 0 again
         _keep_lines_up_to(self.path, last_kept, and_evaluation=first_step < steps)
         self._lines = self.path.open("a", encoding="utf-8")

@@ -155,7 +155,7 @@ def build(command: CommandLine) -> Run | None:
     engine, stepper, micro_batches, counts = wire_stepper(config, place, models, train_blocks, load_universal=universal)
     progress = _restore(checkpoints, newest, engine, place.world, state)
     heldout = _heldout_batches(config, place.world, models.tokenizer, heldout_blocks) if heldout_blocks else None
-    store = distributed.open_store(place.world, timeout_seconds=_STORE_SECONDS)
+    stop, watchdog = watched(place, folder, config)
     return Run(
         config=config,
         place=place,
@@ -168,9 +168,16 @@ def build(command: CommandLine) -> Run | None:
         checkpoints=checkpoints,
         progress=progress,
         counts=counts,
-        stop=StopRequest(place.world, store, folder.path),
-        watchdog=Watchdog(place.world, store, stall_minutes=config.train.stall_minutes),
+        stop=stop,
+        watchdog=watchdog,
     )
+
+
+def watched(place: Place, folder: RunFolder, config: Config) -> tuple[StopRequest, Watchdog]:
+    """What asks a run to stop, and what sees that its ranks move; on every rank together."""
+    store = distributed.open_store(place.world, timeout_seconds=_STORE_SECONDS)
+    watchdog = Watchdog(place.world, store, stall_minutes=config.train.stall_minutes)
+    return StopRequest(place.world, store, folder.path), watchdog
 
 
 def _begin(
@@ -361,8 +368,8 @@ def _other_tokenizer(config: Config, tokenizer: TextTokenizer) -> str | None:
 
 
 def _open_text(config: Config, tokenizer: TextTokenizer, world: World) -> tuple[Blocks, Blocks | None]:
-    train = _open_blocks(config.data, config.data.train, tokenizer, world)
-    heldout = _open_blocks(config.data, config.data.heldout, tokenizer, world) if config.data.heldout else None
+    train = open_blocks(config.data, config.data.train, tokenizer, world)
+    heldout = open_blocks(config.data, config.data.heldout, tokenizer, world) if config.data.heldout else None
     held_out = f"{len(heldout):,}" if heldout else "none"
     log.info("text: %s blocks of %d tokens to train on, %s held out", f"{len(train):,}", config.data.seq_len, held_out)
     return train, heldout
@@ -373,7 +380,8 @@ def _contents(train: Blocks, heldout: Blocks | None) -> dict[str, str | None]:
     return {"train": train.description.content, "heldout": heldout.description.content if heldout else None}
 
 
-def _open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokenizer, world: World) -> Blocks:
+def open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokenizer, world: World) -> Blocks:
+    """The blocks that `names` stand for, prepared if they are not, and known to fit."""
     folder = prepare_cached(
         names,
         tokenizer=tokenizer,

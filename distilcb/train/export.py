@@ -10,7 +10,7 @@ from distilcb.errors import CheckpointError
 from distilcb.eval.report import as_markdown, heldout_rows
 from distilcb.export.hugging_face import export_checkpoint
 from distilcb.export.model_card import CardFacts
-from distilcb.train.run_folder import RunFolder
+from distilcb.train.run_folder import RunFolder, find_run
 
 _SECTIONS = ("loss", "masking", "optim", "student")
 _MAY_BE_PATHS = ("student.init", "student.config")
@@ -22,10 +22,7 @@ def export_run(run_dir: Path, *, step: int | None, output: Path) -> Path:
     Raises:
         CheckpointError: no run folder, no such checkpoint, or an output that is there already.
     """
-    folder = RunFolder(run_dir.absolute())
-    if not folder.config.is_file():
-        above = " Give the run folder, not the student in it." if (run_dir.parent / "config.yaml").is_file() else ""
-        raise CheckpointError(f"{run_dir} is no run folder: it has no config.yaml.{above}")
+    folder = find_run(run_dir)
     if output.exists():
         raise CheckpointError(f"{output} is there already. Name another folder, or move it aside.")
     checkpoint = _find(folder, step)

@@ -114,11 +114,15 @@ def _log(run: Run, writer: RunWriter | None, window: Window, result: StepResult)
     seconds = window.seconds()
     run.progress.seconds += seconds
     if writer:
-        writer.training(_record(run, window, result, sums, seconds))
+        writer.training(training_record(run, window, result, sums, seconds))
     return Window(len(TERMS), run.place.device)
 
 
-def _record(run: Run, window: Window, result: StepResult, sums: list[float], seconds: float) -> dict[str, Any]:
+def training_record(run: Run, window: Window, result: StepResult, sums: list[float], seconds: float) -> dict[str, Any]:
+    """A line of metrics.jsonl: means over a window's steps, and of its last one rate, gradient norm and loss scale.
+
+    sums: of the window, over all ranks. seconds: how long it took.
+    """
     config = run.config
     by = divisors(config.loss, run.counts)
     means = {term: total / (by[term] * window.steps) for term, total in zip(TERMS, sums, strict=True)}
@@ -127,6 +131,7 @@ def _record(run: Run, window: Window, result: StepResult, sums: list[float], sec
     peak = peak_flops(run.place.device)
     record = {
         "step": run.progress.step,
+        "window_steps": window.steps,
         "tokens": run.progress.step * step_tokens,
         "epoch": run.progress.step * config.optim.global_batch / run.micro_batches.order.size,
         "seconds": run.progress.seconds,
@@ -134,7 +139,7 @@ def _record(run: Run, window: Window, result: StepResult, sums: list[float], sec
         **{f"loss/{term}": means[term] for term in active_terms(config.loss)},
         "lr": result.lr,
         "grad_norm": _finite(result.grad_norm),
-        "loss_scale": float(run.engine.optimizer.cur_scale) if run.place.precision == "fp16" else 1.0,
+        "loss_scale": loss_scale(run),
         "skipped_steps": window.skipped,
         "tokens_per_second": rate,
         "data_wait_fraction": window.data_wait_seconds / seconds,
@@ -143,6 +148,11 @@ def _record(run: Run, window: Window, result: StepResult, sums: list[float], sec
     if peak:
         record["mfu"] = rate * run.flops_per_token / (peak * run.place.world.size)
     return record
+
+
+def loss_scale(run: Run) -> float:
+    """What fp16 multiplies the loss with at this moment; 1 in other precisions."""
+    return float(run.engine.optimizer.cur_scale) if run.place.precision == "fp16" else 1.0
 
 
 def _finite(value: Any) -> float | None:

@@ -24,10 +24,11 @@ from typing import Any
 import yaml
 
 from distilcb.command_line import CommandLine
-from distilcb.config import REPOSITORY, differences, flatten, to_plain
+from distilcb.config import REPOSITORY, Config, differences, flatten, to_plain
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import CheckpointError, writing
 from distilcb.launcher import is_later_slice
+from distilcb.machine import uses_cuda
 from distilcb.preemption import STOP
 from distilcb.train.run_lock import RunLock, refuse_if_held
 
@@ -41,6 +42,19 @@ class RunState(Enum):
     RESUMED = "resumed"
     DONE = "done"
     STOPPED = "stopped"
+
+
+def find_run(run_dir: Path) -> "RunFolder":
+    """The folder of a run that has begun.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    folder = RunFolder(run_dir.absolute())
+    if not folder.config.is_file():
+        above = " Give the run folder, not the student in it." if (run_dir.parent / "config.yaml").is_file() else ""
+        raise CheckpointError(f"{run_dir} is no run folder: it has no config.yaml.{above}")
+    return folder
 
 
 class RunFolder:
@@ -75,7 +89,7 @@ class RunFolder:
         refuse_if_held(self.path)
         if command.fresh and not is_later_slice(os.environ):
             return RunState.NEW
-        changed = differences(self._begun(), command.config)
+        changed = self.changed_settings(command.config)
         if changed:
             raise self._other("settings", changed)
         if self.done.exists():
@@ -97,8 +111,7 @@ class RunFolder:
             CheckpointError: other facts than at the first start, or a process that trains there.
         """
         if state is RunState.RESUMED:
-            begun = self._begun()["provenance"]["facts"]
-            changed = [line for name in facts for line in _difference(name, begun.get(name), facts[name])]
+            changed = self.changed_facts(facts)
             if changed:
                 raise self._other("text or precision", changed)
         with writing(self.path, CheckpointError, "Give a --run_dir that can be written to."):
@@ -136,6 +149,19 @@ class RunFolder:
         names = ("teacher.model", "data.train", "data.heldout")
         return [f"{name}: {before.get(name)} -> {now[name]}" for name in names if before.get(name) != now[name]]
 
+    def changed_settings(self, config: Config) -> list[str]:
+        """Lines on settings that decide the result and are not what they were at the first start."""
+        return differences(self._begun(), config)
+
+    def changed_facts(self, facts: dict[str, Any]) -> list[str]:
+        """Lines on those of `facts` that are not what they were at the first start."""
+        begun = self.provenance()["facts"]
+        return [line for name in facts for line in _difference(name, begun.get(name), facts[name])]
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the run comes from, as written at its first start."""
+        return self._begun()["provenance"]
+
     def _begun(self) -> dict[str, Any]:
         try:
             document = yaml.safe_load(self.config.read_text(encoding="utf-8"))
@@ -165,6 +191,20 @@ def _difference(name: str, before: Any, now: Any) -> list[str]:
 
 def provenance(command: CommandLine, world_size: int) -> dict[str, Any]:
     """Where a run comes from: recipe, command line, versions, commit, host."""
+    return {
+        "recipe": str(command.recipe),
+        "command_line": shlex.join(
+            ["launch/train.py", *(word for word in command.words if not word.startswith("--local_rank"))]
+        ),
+        **surroundings(),
+        "host": platform.node(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "world_size": world_size,
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """What the last bits of a result depend on beside settings, text and ranks."""
     import datasets
     import deepspeed
     import torch
@@ -175,16 +215,11 @@ def provenance(command: CommandLine, world_size: int) -> dict[str, Any]:
     libraries = {"distilcb": distilcb, "torch": torch, "deepspeed": deepspeed}
     libraries |= {"transformers": transformers, "datasets": datasets}
     return {
-        "recipe": str(command.recipe),
-        "command_line": shlex.join(
-            ["launch/train.py", *(word for word in command.words if not word.startswith("--local_rank"))]
-        ),
         "git_commit": _git_commit(),
         "versions": {"python": platform.python_version()}
         | {name: str(module.__version__) for name, module in libraries.items()},
-        "host": platform.node(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "world_size": world_size,
+        "device": torch.cuda.get_device_name() if uses_cuda() else "cpu",
+        "threads": torch.get_num_threads(),
     }
 
 

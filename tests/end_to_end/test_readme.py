@@ -68,13 +68,15 @@ def test_every_command_of_the_readme_runs(folder):
         elif program == "launch/prepare.py":
             run(words, folder)
             assert json.loads((folder / "blocks" / "description.json").read_text())["blocks"] > 0
+        elif program == "launch/replay.py":
+            assert "equal to the last bit" in run([*words, "--step", "2"], folder)
         elif program == "make":
             assert {"demo": "deepspeed launch/train.py", "test": "pytest"}[words[1]] in run([*words, "-n"], folder)
         elif program == "tensorboard":
             assert_tensorboard_serves(words, folder)
         else:
             raise AssertionError(f"README has a command that nothing tests: {line}")
-    assert seen == {"make", "launch/train.py", "launch/prepare.py", "tensorboard"}
+    assert seen == {"make", "launch/train.py", "launch/prepare.py", "launch/replay.py", "tensorboard"}
 
 
 def assert_tensorboard_serves(words, folder):
