@@ -133,12 +133,12 @@ def cut(sources: Sequence[Source], *, text_field: str, part_bytes: int = PART_BY
 
 def share_out(units: Sequence[Part | Stream], *, ranks: int) -> list[Share]:
     """What each rank packs: about the same bytes of text, the same for whoever asks."""
-    even = sum(unit.text_bytes for unit in units) / ranks
+    total = sum(unit.text_bytes for unit in units)
     pieces: list[tuple[float, Part | Stream, int, int]] = []  # bytes of text, whole, shares, which of them
     for unit in units:
         shares = 1
         if isinstance(unit, Stream) and ranks > 1:
-            shares = max(1, math.ceil(_SHARES_A_RANK * unit.text_bytes / even))
+            shares = -(-_SHARES_A_RANK * ranks * unit.text_bytes // total)
         pieces += [(unit.text_bytes / shares, unit, shares, which) for which in range(shares)]
     loads = [0.0] * ranks
     parts: list[list[Part]] = [[] for _ in range(ranks)]
