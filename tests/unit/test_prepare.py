@@ -36,7 +36,7 @@ class Numerals:
 
     def __init__(self, size=100, fingerprint="numerals"):
         starts = np.ones(size, dtype=bool)
-        self.vocabulary = Vocabulary(size, BOS, EOS, MASK, np.array([BOS, EOS, MASK, UNK]), starts, fingerprint)
+        self.vocabulary = Vocabulary(size, BOS, EOS, MASK, np.array([BOS, EOS, MASK, UNK]), starts, fingerprint, UNK)
         self.calls = 0
 
     def encode(self, documents):
