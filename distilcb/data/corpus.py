@@ -344,7 +344,7 @@ def _text_of(source: Source, text_field: str, text: Any) -> str | bytes:
 
 
 # Every control character but tab and line ends, which split() takes for spaces.
-_CONTROL = {code: " " for code in [*range(0x20), *range(0x7F, 0xA0)] if chr(code) not in "\t\n\r\x0b\x0c\x85"}
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 # Decoding turns bytes that are no UTF-8 into these, and JSON can spell them ("\\ud83d"); no tokenizer takes one.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -357,7 +357,6 @@ def clean(text: str | bytes, damage: Damage) -> str:
     if not text.isprintable():
         text, undecodable = _LONE_SURROGATE.subn("\ufffd", text)
         damage.undecodable_documents += undecodable > 0
-        cleaned = text.translate(_CONTROL)
-        damage.control_characters += sum(a != b for a, b in zip(text, cleaned, strict=True)) if cleaned != text else 0
-        text = cleaned
+        text, controls = _CONTROL.subn(" ", text)
+        damage.control_characters += controls
     return " ".join(text.split())
