@@ -11,7 +11,8 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -93,12 +94,13 @@ class RanksCrew(Crew):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Leave the others; after an error, once they know of it. Ranks but zero end here with exit code 2 then."""
         try:
-            if error is None:
-                self._leave_together()
-            else:
-                self._tell(error)
-        except (RuntimeError, _HeardError, UserError) as lost:  # the store's errors are RuntimeErrors
-            error = error or (self._lost(lost) if isinstance(lost, RuntimeError) else lost)
+            with _talking():
+                if error is None:
+                    self._leave_together()
+                else:
+                    self._tell(error)
+        except (_HeardError, UserError) as later:
+            error = error or later
         self._left.set()
         if error is None:
             return
@@ -142,28 +144,29 @@ class RanksCrew(Crew):
     def from_main(self, name: str, action: Callable[[], T]) -> T:
         if self.is_main:
             result = action()
-            self._store.set(f"main/{name}", pickle.dumps(result))
+            with _talking():
+                self._store.set(f"main/{name}", pickle.dumps(result))
             return result
         return self._wait_for(f"main/{name}")  # type: ignore[no-any-return]
 
     def gather(self, name: str, obj: Any) -> list[Any]:
         if not self.is_main:
-            self._store.set(f"{name}/{self.rank}", pickle.dumps(obj))
+            with _talking():
+                self._store.set(f"{name}/{self.rank}", pickle.dumps(obj))
             return []
         return [obj, *(self._wait_for(f"{name}/{rank}") for rank in range(1, self.size))]
 
     def add(self, counter: str, amount: int) -> int:
-        return int(self._store.add(f"count/{counter}", amount))
+        with _talking():
+            return int(self._store.add(f"count/{counter}", amount))
 
     def check(self) -> None:
         now = time.monotonic()
         if now - self._looked_at < _BEAT_SECONDS / 2:
             return
         self._looked_at = now
-        try:
+        with _talking():
             self._look(now)
-        except RuntimeError as error:
-            raise self._lost(error) from error
 
     def _look(self, now: float) -> None:
         if self._store.check(["fault"]):
@@ -183,11 +186,9 @@ class RanksCrew(Crew):
     def _wait_for(self, key: str) -> Any:
         while True:
             self.check()
-            try:
+            with _talking():
                 if self._store.check([key]):
                     return pickle.loads(self._store.get(key))
-            except RuntimeError as error:
-                raise self._lost(error) from error
             time.sleep(_POLL_SECONDS)
 
     def _beat(self) -> None:
@@ -212,11 +213,17 @@ class RanksCrew(Crew):
             ) from error
         return PrefixStore("prepare", store)
 
-    def _lost(self, error: Exception) -> DataError:
-        return DataError(
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """Say of the store's errors, which are RuntimeErrors, what they mean."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DataError(
             f"the ranks have lost each other ({first_line(error)}). Finished parts are kept: the same command goes on "
             "from there."
-        )
+        ) from error
 
 
 class _HeardError(Exception):

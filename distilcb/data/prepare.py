@@ -194,12 +194,12 @@ def _prepare_content(
     plan: _Plan, how: _How, content: str, *, output: Path, crew: Crew, show_progress: bool
 ) -> Description:
     started = time.monotonic()
-    if crew.from_main("there", lambda: _holds(output, content)):
-        return read_description(output)
+    if there := crew.from_main("there", lambda: _made_before(output, content)):
+        return there
     with _working_folder(output, content, crew) as folder:
-        if crew.from_main("there by now", lambda: _holds(output, content)):
-            return read_description(output)
-        encoder = crew.from_main("encoder", lambda: _encoder(how.tokenizer, plan.sources, how.text_field))
+        if there := crew.from_main("there by now", lambda: _made_before(output, content)):
+            return there
+        encoder = crew.from_main("encoder", lambda: _encoder(how, plan))
         maker = PartMaker(
             plan.sources, encoder, how.tokenizer.vocabulary, how.seq_len, how.text_field, how.min_characters, folder
         )
@@ -271,16 +271,16 @@ def _digest(stretch: tuple[Source, int]) -> tuple[bytes, int]:
     return digest.digest(), _HASHED_BYTES - left
 
 
-def _holds(output: Path, content: str) -> bool:
-    """Whether the output is there already.
+def _made_before(output: Path, content: str) -> Description | None:
+    """The description of the output, where it is there already.
 
     Raises:
         DataError: it is there and is something else.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if is_prepared(output) and read_description(output).content == content:
-        return True
+        return None
+    if is_prepared(output) and (made := read_description(output)).content == content:
+        return made
     raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
 
 
@@ -327,11 +327,13 @@ def _acquired(lock_file: Path, crew: Crew) -> FileLock:
             told = True
 
 
-def _encoder(tokenizer: PreparingTokenizer, sources: Sequence[Source], text_field: str) -> Any:
+def _encoder(how: _How, plan: _Plan) -> Any:
     """What turns text into the tokenizer's ids the fastest."""
-    if not isinstance(tokenizer, TextTokenizer):
-        return tokenizer
-    return faster_encoder(tokenizer, _sample(sources, text_field)) or tokenizer.encoder
+    if not isinstance(how.tokenizer, TextTokenizer):
+        return how.tokenizer
+    threads = how.threads * how.processes if plan.is_one_part else how.threads
+    sample = _sample(plan.sources, how.text_field)
+    return faster_encoder(how.tokenizer, sample, threads=threads) or how.tokenizer.encoder
 
 
 def _sample(sources: Sequence[Source], text_field: str) -> Iterator[str]:

@@ -110,14 +110,14 @@ class SentencePieceEncoder:
         return any(token in normal for token in self.by_hugging_face.spelled_tokens)
 
 
-def faster_encoder(tokenizer: TextTokenizer, sample: Iterable[str]) -> SentencePieceEncoder | None:
+def faster_encoder(tokenizer: TextTokenizer, sample: Iterable[str], *, threads: int = 1) -> SentencePieceEncoder | None:
     """SentencePiece's own library for this tokenizer, where there is a model and all ids of the sample are equal."""
     folder = model_folder(tokenizer.folder, what="tokenizer", weights=False)
     model = next((folder / name for name in _MODELS if (folder / name).is_file()), None)
     if model is None:
         return None
     try:
-        encoder = SentencePieceEncoder(model, tokenizer)
+        encoder = SentencePieceEncoder(model, tokenizer, threads=threads)
         odd = [clean(text, Damage()) for text in _ODD]
         differing = first_difference(encoder, [*odd, *sample])
     except (ImportError, OSError, RuntimeError, ValueError) as error:
