@@ -133,6 +133,16 @@ def says_rank_zero(environ: Mapping[str, str]) -> bool:
     return next((environ[name] for name in names if environ.get(name)), "0") == "0"
 
 
+def has_agent(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent listens on the port where ranks meet, and not rank zero."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def is_started_by_mpi(environ: Mapping[str, str]) -> bool:
+    """Whether mpirun or mpiexec started this process."""
+    return any(_all_set(environ, each) for each in _MPI_LAUNCHERS) and not _all_set(environ, _LAUNCHER)
+
+
 def is_later_slice(environ: Mapping[str, str]) -> bool:
     """Whether this Slurm job goes on with what it began: requeued, or not the first of a job array."""
     restarts = _number(environ, "SLURM_RESTART_COUNT", default=0)
@@ -159,12 +169,8 @@ def _from_launcher(environ: Mapping[str, str]) -> World | None:
         local_size=_number(environ, "LOCAL_WORLD_SIZE", default=0) or _number(environ, "LOCAL_SIZE", default=0),
         master_addr=environ.get("MASTER_ADDR") or LOOPBACK,
         # deepspeed always says 29500, so that two runs on one machine would collide; torchrun's agent listens on its.
-        master_port=free_port() if size == 1 and not _has_agent(environ) else _port(environ, size=size),
+        master_port=free_port() if size == 1 and not has_agent(environ) else _port(environ, size=size),
     )
-
-
-def _has_agent(environ: Mapping[str, str]) -> bool:
-    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _from_mpi(environ: Mapping[str, str]) -> World:

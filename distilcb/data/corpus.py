@@ -6,17 +6,37 @@ import io
 import json
 import lzma
 import re
+import shutil
+import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from distilcb.errors import DataError, first_line
 from distilcb.hub import HUB_PREFIX, HubDataset
 
-Source = Path | HubDataset
+
+@dataclass(frozen=True)
+class OpenDataset:
+    """A data set that is loaded; another process that gets it maps the same files and asks no hub."""
+
+    name: HubDataset
+
+    @cached_property
+    def rows(self) -> Any:
+        """The datasets.Dataset."""
+        return self.name.load()
+
+    def __str__(self) -> str:
+        return str(self.name)
+
+
+Source = Path | HubDataset | OpenDataset
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
@@ -67,37 +87,118 @@ def _files(name: str) -> list[Path]:
     return files
 
 
-def read_documents(source: Source, *, text_field: str, damage: Damage) -> Iterator[str]:
+def read_documents(
+    source: Source, *, text_field: str, damage: Damage, start: int = 0, end: int | None = None
+) -> Iterator[str]:
     """The documents of one source, cleaned: a line of .txt, a record of .jsonl, a row of .parquet or of a data set.
 
     Invalid UTF-8 becomes U+FFFD, control characters become spaces, empty documents are left out; `damage` counts.
 
+    Args:
+        start, end: a stretch of it: bytes of a plain .txt or .jsonl, of which the lines that begin there are read;
+            rows of a table. Compressed files can only be read whole.
+
     Raises:
         DataError: naming the file, and the line or column where one is at fault.
     """
-    readers: dict[str, Callable[[Path, str], Iterator[str | bytes]]] = {
-        ".txt": _read_text,
-        ".jsonl": _read_json_lines,
-        ".parquet": _read_parquet,
-    }
-    if isinstance(source, HubDataset):
-        texts = _read_dataset(source, text_field)
+    source = opened(source)
+    if isinstance(source, OpenDataset):
+        texts = _read_dataset(source, text_field, start, end)
+    elif _format(source) == ".parquet":
+        texts = _read_parquet(source, text_field, start, end)
     else:
-        texts = readers[_format(source)](source, text_field)
+        lines = _lines(source, start, end)
+        texts = _of_lines(source, lines, text_field, lines_before=lambda: _count_lines_before(source, start))
+    yield from _cleaned(source, texts, damage)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Whole lines of a compressed file, after `lines_before` others."""
+
+    text: bytes
+    lines_before: int
+
+    def read_documents(self, source: Path, *, text_field: str, damage: Damage) -> Iterator[str]:
+        """Its documents, as `read_documents` gives those of a file."""
+        texts = _of_lines(source, io.BytesIO(self.text), text_field, lines_before=lambda: self.lines_before)
+        yield from _cleaned(source, texts, damage)
+
+
+def read_chunks(path: Path, *, chunk_bytes: int) -> Iterator[tuple[Chunk, int]]:
+    """A compressed file of lines in chunks of `chunk_bytes` or a line more, each with the bytes of the file it took.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    lines = position = 0
+    with _naming(path), _open_bytes(path) as (stream, tell):
+        while text := stream.read(chunk_bytes):
+            text += stream.readline()
+            there = tell()
+            yield Chunk(text, lines), there - position
+            lines, position = lines + text.count(b"\n"), there
+
+
+def opened(source: Source) -> Path | OpenDataset:
+    """The source with its data set loaded, when it is needed."""
+    return OpenDataset(source) if isinstance(source, HubDataset) else source
+
+
+def is_compressed_lines(source: Source) -> bool:
+    """Whether it is a stream that nobody can enter in the middle, and that is cut into chunks."""
+    return isinstance(source, Path) and source.suffix in _COMPRESSIONS and _format(source) != ".parquet"
+
+
+def is_table(source: Source) -> bool:
+    """Whether it is read by rows: a plain .parquet, a data set."""
+    return not isinstance(source, Path) or source.suffix == ".parquet"
+
+
+def table_groups(source: Source, *, text_field: str) -> list[tuple[int, int]]:
+    """(rows, bytes of text, about) of each stretch of a table that is stored together.
+
+    Raises:
+        DataError: not a table, or no such column.
+    """
+    source = opened(source)
+    if isinstance(source, OpenDataset):
+        rows = source.rows
+        _check_column(source, rows.column_names, text_field)
+        return [(len(rows), rows.data.column(text_field).nbytes)]
+    with _naming(source), _open_table(source) as table:
+        _check_column(source, table.schema_arrow.names, text_field)
+        groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
+        return [(group.num_rows, _column_bytes(group, text_field)) for group in groups]
+
+
+def _column_bytes(group: Any, text_field: str) -> int:
+    columns = [group.column(number) for number in range(group.num_columns)]
+    return sum(each.total_uncompressed_size for each in columns if each.path_in_schema == text_field)
+
+
+@contextmanager
+def _naming(source: Source) -> Iterator[None]:
+    """Let what the file system or a decompressor says name the source."""
     try:
-        for text in texts:
-            document = _clean(text, damage)
-            if document:
-                yield document
-            else:
-                damage.empty_documents += 1
+        yield
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise DataError(f"{source}: {error or 'the file ends in the middle'}. Fetch or make the file again.") from error
 
 
+def _cleaned(source: Source, texts: Iterable[str | bytes], damage: Damage) -> Iterator[str]:
+    with _naming(source):
+        for text in texts:
+            document = clean(text, damage)
+            if document:
+                yield document
+            else:
+                damage.empty_documents += 1
+
+
 def kind_of(source: Source) -> list[str]:
     """Format and compression of a readable file, such as [".jsonl", ".gz"]: what its name says of how to read it."""
-    if isinstance(source, HubDataset):
+    if not isinstance(source, Path):
         return [HUB_PREFIX]
     return [suffix for suffix in source.suffixes if suffix in _FORMATS + _COMPRESSIONS]
 
@@ -114,72 +215,120 @@ def _format(path: Path) -> str:
 
 
 @contextmanager
-def _open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    if path.suffix == ".gz":
-        with gzip.open(path) as stream:
-            yield stream  # type: ignore[misc]
-    elif path.suffix == ".xz":
-        with lzma.open(path) as stream:
-            yield stream
-    elif path.suffix == ".zst":
+def _open_bytes(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
+    """The decompressed bytes, and how far the file itself has been read."""
+    if path.suffix == ".zst":
         import pyarrow
 
         # zstandard's stream_reader takes a file that ends in the middle for a whole one.
-        with pyarrow.input_stream(str(path), compression="zstd") as zst:
-            yield io.BufferedReader(zst, buffer_size=1 << 20)
-    else:
-        with path.open("rb") as stream:
-            yield stream
+        with pyarrow.OSFile(str(path)) as raw, pyarrow.CompressedInputStream(raw, "zstd") as zst:
+            yield io.BufferedReader(zst, buffer_size=1 << 20), raw.tell
+        return
+    with path.open("rb") as file:
+        if path.suffix == ".gz":
+            with gzip.open(file) as stream:
+                yield stream, file.tell  # type: ignore[misc]
+        elif path.suffix == ".xz":
+            with lzma.open(file) as stream:
+                yield stream, file.tell
+        else:
+            yield file, file.tell
 
 
-def _read_text(path: Path, _text_field: str) -> Iterator[bytes]:
-    with _open_bytes(path) as stream:
-        yield from stream
+def _lines(path: Path, start: int, end: int | None) -> Iterator[bytes]:
+    """The lines that begin from byte `start` up to byte `end`."""
+    with _open_bytes(path) as (stream, _):
+        position = start
+        if start:
+            stream.seek(start - 1)
+            position += len(stream.readline()) - 1  # of the line that begins before
+        if end is None:
+            yield from stream
+            return
+        while position < end and (line := stream.readline()):
+            position += len(line)
+            yield line
 
 
-def _read_json_lines(path: Path, text_field: str) -> Iterator[str]:
-    with _open_bytes(path) as stream:
-        for number, raw in enumerate(stream, 1):
-            line = raw.decode(errors="surrogateescape").removeprefix("\ufeff").rstrip()
-            if not line:
-                continue
-            try:
-                record: Any = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-                raise DataError(f"{path}, line {number}: not JSON ({fault}).") from error
-            text = record.get(text_field, 0) if isinstance(record, dict) else 0
-            if text is None:
-                text = ""  # as a null in parquet
-            if not isinstance(text, str):
-                names = sorted(record) if isinstance(record, dict) else type(record).__name__
-                raise DataError(
-                    f"{path}, line {number}: came {names}, needed a text named '{text_field}'. {_NAME_ANOTHER}"
-                )
-            yield text
+def _count_lines_before(path: Path, start: int) -> int:
+    """How many lines of a plain file begin before byte `start`."""
+    if not start:
+        return 0
+    lines, left = 1, start - 1
+    with path.open("rb") as stream:
+        while left and (data := stream.read(min(left, 1 << 20))):
+            lines += data.count(b"\n")
+            left -= len(data)
+    return lines
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[str | bytes]:
+def _of_lines(
+    path: Path, lines: Iterable[bytes], text_field: str, *, lines_before: Callable[[], int]
+) -> Iterator[str | bytes]:
+    """The texts of a .txt's or a .jsonl's lines; lines_before() is asked where one is at fault."""
+    if _format(path) == ".txt":
+        yield from lines
+        return
+    for number, raw in enumerate(lines, 1):
+        line = raw.decode(errors="surrogateescape").removeprefix("\ufeff").rstrip()
+        if not line:
+            continue
+        try:
+            record: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise DataError(f"{path}, line {lines_before() + number}: not JSON ({fault}).") from error
+        text = record.get(text_field, 0) if isinstance(record, dict) else 0
+        if text is None:
+            text = ""  # as a null in parquet
+        if not isinstance(text, str):
+            names = sorted(record) if isinstance(record, dict) else type(record).__name__
+            raise DataError(
+                f"{path}, line {lines_before() + number}: came {names}, needed a text named '{text_field}'. "
+                f"{_NAME_ANOTHER}"
+            )
+        yield text
+
+
+@contextmanager
+def _open_table(path: Path) -> Iterator[Any]:
+    """A pyarrow ParquetFile; a compressed one is unpacked on disk."""
     import pyarrow
     import pyarrow.parquet
 
-    with _open_bytes(path) as stream:
-        seekable = stream if path.suffix == ".parquet" else io.BytesIO(stream.read())
+    with ExitStack() as closing, _open_bytes(path) as (stream, _):
+        if path.suffix != ".parquet":
+            unpacked = closing.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(stream, unpacked)
+            stream = unpacked
         try:
-            table = pyarrow.parquet.ParquetFile(seekable)
+            # With a buffer, a row group's column is read bit by bit and not whole.
+            yield pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20)
         except pyarrow.ArrowInvalid as error:
             raise DataError(f"{path}: not parquet ({error}).") from error
+
+
+def _read_parquet(path: Path, text_field: str, start: int, end: int | None) -> Iterator[str | bytes]:
+    with _open_table(path) as table:
         _check_column(path, table.schema_arrow.names, text_field)
-        for batch in table.iter_batches(columns=[text_field], batch_size=1024):
-            for text in batch.column(0).to_pylist():
-                yield _text_of(path, text_field, text)
+        first = 0
+        for number in range(table.num_row_groups):
+            last = first + table.metadata.row_group(number).num_rows
+            if last > start and (end is None or first < end):
+                batches = table.iter_batches(columns=[text_field], row_groups=[number], batch_size=1024)
+                cells = (text for batch in batches for text in batch.column(0).to_pylist())
+                for text in islice(cells, max(0, start - first), None if end is None else end - first):
+                    yield _text_of(path, text_field, text)
+            first = last
 
 
-def _read_dataset(source: HubDataset, text_field: str) -> Iterator[str | bytes]:
-    rows = source.load()
-    _check_column(source, rows.column_names, text_field)
-    for row in rows.select_columns(text_field):
-        yield _text_of(source, text_field, row[text_field])
+def _read_dataset(source: OpenDataset, text_field: str, start: int, end: int | None) -> Iterator[str | bytes]:
+    _check_column(source, source.rows.column_names, text_field)
+    rows = source.rows.select_columns(text_field)
+    rows = rows.select(range(start, len(rows) if end is None else end))
+    for batch in rows.iter(batch_size=1024):
+        for text in batch[text_field]:
+            yield _text_of(source, text_field, text)
 
 
 def _check_column(source: Source, names: list[str], text_field: str) -> None:
@@ -195,19 +344,19 @@ def _text_of(source: Source, text_field: str, text: Any) -> str | bytes:
 
 
 # Every control character but tab and line ends, which split() takes for spaces.
-_CONTROL = {code: " " for code in [*range(0x20), *range(0x7F, 0xA0)] if chr(code) not in "\t\n\r\x0b\x0c\x85"}
+_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 # Decoding turns bytes that are no UTF-8 into these, and JSON can spell them ("\\ud83d"); no tokenizer takes one.
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def _clean(text: str | bytes, damage: Damage) -> str:
+def clean(text: str | bytes, damage: Damage) -> str:
+    """The text in valid UTF-8 without control characters, its words one space apart."""
     if isinstance(text, bytes):
         text = text.decode(errors="surrogateescape").removeprefix("\ufeff")
     if not text.isprintable():
         text, undecodable = _LONE_SURROGATE.subn("\ufffd", text)
         damage.undecodable_documents += undecodable > 0
-        cleaned = text.translate(_CONTROL)
-        damage.control_characters += sum(a != b for a, b in zip(text, cleaned, strict=True)) if cleaned != text else 0
-        text = cleaned
+        text, controls = _CONTROL.subn(" ", text)
+        damage.control_characters += controls
     return " ".join(text.split())

@@ -2,6 +2,10 @@
 
 Documents follow one another, a separator between two, and are cut into full blocks: <s> tokens </s>. Nothing is
 padded (RoBERTa's FULL-SENTENCES), so attention needs no mask and every step has the same shape.
+
+The corpus is cut into parts (parts.py), each part is packed for itself by some process of some rank (packing.py,
+workers.py, crew.py), and rank zero puts the files together. Until then they lie in a folder beside the output, whose
+name holds a hash of the content: the next start of the same goes on from the parts that are finished.
 """
 
 import hashlib
@@ -10,108 +14,146 @@ import json
 import logging
 import os
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock
-from numpy.typing import NDArray
-from tqdm import tqdm
+from filelock import FileLock, Timeout
 
 from distilcb.data.blocks import TOKEN_COUNTS, Description, is_prepared, read_description
-from distilcb.data.corpus import Damage, Source, find_sources, kind_of, read_documents
+from distilcb.data.corpus import Damage, OpenDataset, Source, find_sources, kind_of, opened, read_documents
+from distilcb.data.crew import Crew
+from distilcb.data.data_report import DataReport, write_report
+from distilcb.data.packing import PartFacts, PartMaker, has_finished_parts, sum_of_arrays
+from distilcb.data.parts import PART_BYTES, Part, Share, Stream, cut, share_out
+from distilcb.data.progress import Progress
+from distilcb.data.sentence_pieces import faster_encoder
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
+from distilcb.data.workers import Workers, parts_of_share
 from distilcb.errors import ConfigError, DataError, writing
-from distilcb.hub import HubDataset
 
 log = logging.getLogger(__name__)
 
-# Documents tokenized in one call, so that the Rust tokenizer can use several threads.
-_BATCH_DOCUMENTS = 512
-# Blocks in one Arrow record batch.
-_BATCH_BLOCKS = 1024
+# Files are hashed in stretches of this size, so that several threads and ranks share a big one.
+_HASHED_BYTES = 64 << 20
+# What is compared of a corpus before sentencepiece's library is relied on.
+_SAMPLED_SOURCES = 64
+_SAMPLED_DOCUMENTS = 20
+_SAMPLED_CHARACTERS = 50_000
+# Other nodes may see a file on a shared file system so much later.
+_FILES_ARE_SEEN_WITHIN_SECONDS = 90.0
+
+
+class PreparingTokenizer(Protocol):
+    """What preparing needs of a tokenizer; a TextTokenizer is one."""
+
+    folder: str
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+
+    def encode(self, documents: list[str]) -> list[list[int]]: ...
+
+    def pieces(self, ids: list[int]) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class _How:
+    """What `prepare` is asked for."""
+
+    tokenizer: PreparingTokenizer
+    seq_len: int
+    text_field: str
+    min_characters: int = 0
+    part_bytes: int = PART_BYTES
+    processes: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 8:
+            raise ConfigError(f"seq_len={self.seq_len} tokens: a block needs 8 or more, separators included.")
+        if self.min_characters < 0 or self.part_bytes < 1:
+            raise ConfigError(
+                f"min_characters={self.min_characters}, part_bytes={self.part_bytes}: needed 0 or more characters, and "
+                "parts of a byte or more."
+            )
+
+    def described(self) -> dict[str, Any]:
+        """The options that decide what the blocks hold; of the newer ones those that are not as they always were."""
+        cleaning = {"min_characters": self.min_characters} if self.min_characters else {}
+        cut = {"part_bytes": self.part_bytes} if self.part_bytes != PART_BYTES else {}
+        return {"text_field": self.text_field} | cleaning | cut
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What rank zero has found, for all ranks."""
+
+    names: tuple[str, ...]
+    sources: tuple[Path | OpenDataset, ...]
+    units: tuple[Part | Stream, ...]
+
+    @property
+    def is_one_part(self) -> bool:
+        return len(self.units) == 1 and isinstance(self.units[0], Part)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(unit.size for unit in self.units)
 
 
 def prepare(
     names: Sequence[str],
     *,
-    tokenizer: TextTokenizer,
+    tokenizer: PreparingTokenizer,
     output: Path,
     seq_len: int,
     text_field: str = "text",
+    min_characters: int = 0,
+    part_bytes: int = PART_BYTES,
+    processes: int = 1,
+    threads: int = 1,
+    crew: Crew | None = None,
     show_progress: bool = False,
 ) -> Description:
-    """Write the blocks of the named text to `output`, whole or not at all.
+    """Write the blocks of the named text to `output`, whole or not at all; the same whoever takes part.
 
-    A folder that already holds the blocks of the same content is left as it is.
+    A folder that already holds the blocks of the same content is left as it is. Stopped, and started again with the
+    same content, it goes on from the parts that are finished.
+
+    Args:
+        text_field: the text's name in .jsonl and .parquet.
+        min_characters: documents with fewer are left out.
+        part_bytes: of text that is packed together; the tokens at its end that fill no block are lost.
+        processes: on this rank.
+        threads: of the tokenizer, in each process.
+        crew: the ranks that call this together; each brings its processes.
 
     Raises:
         DataError: text that cannot be read or fills no block; an output that holds something else.
-        ConfigError: blocks too short to mask a token of.
+        ConfigError: blocks too short to mask a token of, or parts of no text.
     """
-    if seq_len < 8:
-        raise ConfigError(f"seq_len={seq_len} tokens: a block needs 8 or more, separators included.")
-    sources = find_sources(names)
-    content = content_key(sources, tokenizer=tokenizer, seq_len=seq_len, text_field=text_field)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if is_prepared(output) and read_description(output).content == content:
-            return read_description(output)
-        raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
-    temporary = output.parent / f".{output.name}.{uuid.uuid4().hex}.tmp"
-    with writing(output, DataError, "Name a folder that can be written to."):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()  # not mkdtemp, whose folders are closed to other users
-    try:
-        damage = Damage()
-        facts: list[dict[str, Any]] = []
-        documents = _all_documents(sources, text_field, damage, facts, show_progress)
-        packer = _Packer(tokenizer.vocabulary, seq_len)
-        with closing(_Writer(temporary, tokenizer.vocabulary, seq_len)) as writer:
-            for batch in _batches(documents, _BATCH_DOCUMENTS):
-                writer.write(packer.add(tokenizer.encode(batch)))
-        if not writer.blocks:
-            raise DataError(
-                f"{', '.join(names)}: {packer.documents} documents with {packer.tokens} tokens fill no block of "
-                f"{seq_len} tokens. Give more text, or a smaller seq_len."
-            )
-        description = Description(
-            blocks=writer.blocks,
-            seq_len=seq_len,
-            vocab_size=tokenizer.vocabulary.size,
-            tokenizer=str(tokenizer.folder),
-            tokenizer_fingerprint=tokenizer.vocabulary.fingerprint,
-            documents=packer.documents,
-            tokens=writer.blocks * seq_len,
-            dropped={"tokens_at_the_end": packer.pending, "blocks_of_special_tokens": packer.dropped_blocks},
-            damage=asdict(damage),
-            sources=facts,
-            options={"text_field": text_field},
-            files=[writer.path.name],
-            content=content,
-            versions=_versions(),
-        )
-        _warn_of_damage(names, damage, packer.documents)
-        np.save(temporary / TOKEN_COUNTS, writer.token_counts)
-        description.write(temporary)
-        if output.is_dir():
-            output.rmdir()  # it was empty: rename needs the name free
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return description
+    how = _How(tokenizer, seq_len, text_field, min_characters, part_bytes, processes, threads)
+    crew = crew or Crew()
+    plan = crew.from_main("plan", lambda: _plan(names, how))
+    content = _shared_content_key(plan, how, crew, show_progress=show_progress)
+    return _prepare_content(plan, how, content, output=output, crew=crew, show_progress=show_progress)
 
 
 def prepare_cached(
     names: Sequence[str],
     *,
-    tokenizer: TextTokenizer,
+    tokenizer: PreparingTokenizer,
     cache: Path,
     seq_len: int,
     text_field: str,
+    processes: int = 1,
     show_progress: bool = False,
 ) -> Path:
     """The folder of blocks for `names`: themselves if they are one prepared folder, else prepared once and cached.
@@ -121,21 +163,14 @@ def prepare_cached(
     """
     if prepared := prepared_folder(names):
         return prepared
-    content = content_key(find_sources(names), tokenizer=tokenizer, seq_len=seq_len, text_field=text_field)
+    how = _How(tokenizer, seq_len, text_field, processes=processes)
+    plan = _plan(names, how)
+    content = _shared_content_key(plan, how, Crew(), show_progress=show_progress)
     output = cache / "blocks" / content[:32]
     with writing(output.parent, DataError, "Give a --data.cache that can be written to."):
         output.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{output}.lock"):
-        for left in output.parent.glob(f".{output.name}.*.tmp"):  # by a start that was killed: nobody else is here
-            shutil.rmtree(left, ignore_errors=True)
-        prepare(
-            names,
-            tokenizer=tokenizer,
-            output=output,
-            seq_len=seq_len,
-            text_field=text_field,
-            show_progress=show_progress,
-        )
+        _prepare_content(plan, how, content, output=output, crew=Crew(), show_progress=show_progress)
     return output
 
 
@@ -150,129 +185,288 @@ def prepared_folder(names: Sequence[str]) -> Path | None:
         return None
 
 
-def content_key(sources: Sequence[Source], *, tokenizer: TextTokenizer, seq_len: int, text_field: str) -> str:
-    """A hash of all that decides what the blocks hold.
+def _plan(names: Sequence[str], how: _How) -> _Plan:
+    sources = tuple(map(opened, find_sources(names)))
+    return _Plan(tuple(names), sources, tuple(cut(sources, text_field=how.text_field, part_bytes=how.part_bytes)))
+
+
+def _prepare_content(
+    plan: _Plan, how: _How, content: str, *, output: Path, crew: Crew, show_progress: bool
+) -> Description:
+    started = time.monotonic()
+    if there := crew.from_main("there", lambda: _made_before(output, content)):
+        return there
+    with _working_folder(output, content, crew) as folder:
+        if there := crew.from_main("there by now", lambda: _made_before(output, content)):
+            return there
+        encoder = crew.from_main("encoder", lambda: _encoder(how, plan))
+        maker = PartMaker(
+            plan.sources, encoder, how.tokenizer.vocabulary, how.seq_len, how.text_field, how.min_characters, folder
+        )
+        share = share_out(plan.units, ranks=crew.size)[crew.rank]
+        with Progress(crew, what="preparing", total_bytes=plan.size, shown=show_progress) as progress:
+            own = list(_make_parts(share, maker, how, crew, progress))
+            facts = sorted(itertools.chain(*crew.gather("facts", own)), key=lambda each: each.name)
+        if crew.is_main:
+            _Assembly(plan, how, content, folder, facts).finish(output, seconds=time.monotonic() - started)
+        return crew.from_main("description", lambda: read_description(output))
+
+
+def _shared_content_key(plan: _Plan, how: _How, crew: Crew, *, show_progress: bool) -> str:
+    """A hash of all that decides what the blocks hold; the ranks share the reading.
 
     Raises:
         DataError: a file that cannot be read.
     """
-    digest = hashlib.sha256()
-    facts = [1, tokenizer.vocabulary.fingerprint, seq_len, text_field, [kind_of(source) for source in sources]]
-    digest.update(json.dumps(facts).encode())
-    for source in sources:
-        digest.update(_content(source))
-    return digest.hexdigest()
+    stretches = [(source, start) for source in plan.sources for start in _starts(source)]
+    digests = []
+    with (
+        ThreadPoolExecutor(how.processes) as pool,
+        Progress(crew, what="hashing", total_bytes=plan.size, shown=show_progress) as progress,
+    ):
+        for digest, size in pool.map(_digest, stretches[crew.rank :: crew.size]):
+            crew.check()
+            progress.add(size)
+            digests.append(digest)
+    by_rank = crew.gather("digests", digests)
+    return crew.from_main("content", lambda: _content_key(plan, how, stretches, by_rank))
 
 
-def _content(source: Source) -> bytes:
-    """What tells a source's content from another's: a hash of a file's bytes, the fingerprint of a data set."""
-    if isinstance(source, HubDataset):
-        return f"{source} {source.load()._fingerprint}".encode()
+def _content_key(plan: _Plan, how: _How, stretches: Sequence[tuple[Source, int]], by_rank: list[list[bytes]]) -> str:
+    kinds = [kind_of(source) for source in plan.sources]
+    facts: list[Any] = [1, how.tokenizer.vocabulary.fingerprint, how.seq_len, how.text_field, kinds]
+    if how.min_characters:
+        facts.append({"min_characters": how.min_characters})
+    if not plan.is_one_part:
+        facts.append({"part_bytes": how.part_bytes})
+    key = hashlib.sha256(json.dumps(facts).encode())
+    in_order = [by_rank[number % len(by_rank)][number // len(by_rank)] for number in range(len(stretches))]
+    for _, own in itertools.groupby(zip(stretches, in_order, strict=True), key=lambda pair: pair[0][0]):
+        digests = [digest for _, digest in own]
+        key.update(digests[0] if len(digests) == 1 else hashlib.sha256(b"".join(digests)).digest())
+    return key.hexdigest()
+
+
+def _starts(source: Source) -> range:
+    """Where the stretches of a source begin that are hashed for themselves."""
+    if not isinstance(source, Path):
+        return range(1)
+    return range(0, max(1, source.stat().st_size), _HASHED_BYTES)
+
+
+def _digest(stretch: tuple[Source, int]) -> tuple[bytes, int]:
+    """What tells a stretch from another: a hash of its bytes, the fingerprint of a data set; and its size."""
+    source, start = stretch
+    if isinstance(source, OpenDataset):
+        return f"{source} {source.rows._fingerprint}".encode(), 0
+    digest, left = hashlib.sha256(), _HASHED_BYTES
     try:
-        with source.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
+        with Path(str(source)).open("rb") as stream:
+            stream.seek(start)
+            while left and (data := stream.read(min(left, 1 << 20))):
+                digest.update(data)
+                left -= len(data)
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
+    return digest.digest(), _HASHED_BYTES - left
 
 
-def _warn_of_damage(names: Sequence[str], damage: Damage, documents: int) -> None:
-    if damage.undecodable_documents:
-        log.warning(
-            "%s: %d of %d documents are not UTF-8; what could not be read became U+FFFD. If the text is in another "
-            "encoding convert it first, as with iconv -f latin1 -t utf-8",
-            *(", ".join(names), damage.undecodable_documents, documents),
+def _made_before(output: Path, content: str) -> Description | None:
+    """The description of the output, where it is there already.
+
+    Raises:
+        DataError: it is there and is something else.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if is_prepared(output) and (made := read_description(output)).content == content:
+        return made
+    raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
+
+
+@contextmanager
+def _working_folder(output: Path, content: str, crew: Crew) -> Iterator[Path]:
+    """The folder for the parts of this content, beside the output, for one start at a time.
+
+    What is not finished when it is left is gone, and so is the folder where nothing is.
+    """
+    folder = output.parent / f".{output.name}.{content[:16]}.tmp"
+    if not crew.is_main:
+        crew.from_main("folder", lambda: None)
+        yield folder
+        return
+    lock_file = folder.with_suffix(".lock")
+    with writing(output, DataError, "Name a folder that can be written to."):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquired(lock_file, crew)
+    try:
+        with writing(output, DataError, "Name a folder that can be written to."):
+            folder.mkdir(exist_ok=True)  # not mkdtemp, whose folders are closed to other users
+        if has_finished_parts(folder):
+            log.info("%s holds finished parts of an earlier start: going on from there", folder)
+        crew.from_main("folder", lambda: None)
+        yield folder
+    finally:
+        if not has_finished_parts(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        lock_file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _acquired(lock_file: Path, crew: Crew) -> FileLock:
+    lock = FileLock(lock_file)
+    told = False
+    while True:
+        try:
+            lock.acquire(timeout=1)
+            return lock
+        except Timeout:
+            crew.check()
+            if not told:
+                log.info("another process prepares the same text: waiting for it (%s)", lock_file)
+            told = True
+
+
+def _encoder(how: _How, plan: _Plan) -> Any:
+    """What turns text into the tokenizer's ids the fastest."""
+    if not isinstance(how.tokenizer, TextTokenizer):
+        return how.tokenizer
+    threads = how.threads * how.processes if plan.is_one_part else how.threads
+    sample = _sample(plan.sources, how.text_field)
+    return faster_encoder(how.tokenizer, sample, threads=threads) or how.tokenizer.encoder
+
+
+def _sample(sources: Sequence[Source], text_field: str) -> Iterator[str]:
+    """The first documents of each source, or of some where there are many."""
+    for source in sources[:: -(-len(sources) // _SAMPLED_SOURCES)]:
+        characters = 0
+        for document in itertools.islice(
+            read_documents(source, text_field=text_field, damage=Damage()), _SAMPLED_DOCUMENTS
+        ):
+            yield document[:_SAMPLED_CHARACTERS]
+            characters += len(document)
+            if characters > _SAMPLED_CHARACTERS:
+                break
+
+
+def _make_parts(share: Share, maker: PartMaker, how: _How, crew: Crew, progress: Progress) -> Iterator[PartFacts]:
+    processes = 1 if share.is_one_part else how.processes
+    parts = parts_of_share(share, maker.sources, part_bytes=how.part_bytes, processes=processes)
+    for size, facts in _made(parts, maker, processes, how.threads, crew.check):
+        progress.add(size)
+        yield facts
+
+
+def _made(
+    parts: Iterator[Part], maker: PartMaker, processes: int, threads: int, tick: Callable[[], None]
+) -> Iterator[tuple[int, PartFacts]]:
+    """(bytes of the sources, facts) of each part, made here or by other processes."""
+    if processes == 1:
+        for part in parts:
+            yield part.size, maker(part, tick)
+        return
+    with Workers(maker, processes, threads=threads) as workers:
+        for part, facts in workers.results(parts, tick):
+            yield part.size, facts
+
+
+@dataclass(frozen=True)
+class _Assembly:
+    """All parts are made: one folder of them."""
+
+    plan: _Plan
+    how: _How
+    content: str
+    folder: Path
+    facts: list[PartFacts]
+
+    def finish(self, output: Path, *, seconds: float) -> None:
+        """Give the blocks their names, description and report, and the folder its place."""
+        facts, vocabulary = self.facts, self.how.tokenizer.vocabulary
+        if not self._sum("blocks"):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise DataError(
+                f"{', '.join(self.plan.names)}: {self._sum('documents')} documents with {self._sum('tokens')} tokens "
+                f"fill no block of {self.how.seq_len} tokens. Give more text, or a smaller seq_len."
+            )
+        assembled = self.folder / "assembled"
+        shutil.rmtree(assembled, ignore_errors=True)  # of a start that was killed here
+        with writing(output, DataError, "Name a folder that can be written to."):
+            assembled.mkdir()
+            files: list[str] = []
+            for part in facts:
+                if part.blocks:
+                    files.append(f"blocks-{len(files):05d}.arrow")
+                    _link(self.folder / f"{part.name}.arrow", assembled / files[-1])
+            token_counts, lengths = sum_of_arrays(self.folder, [each.name for each in facts], vocabulary.size)
+            np.save(assembled / TOKEN_COUNTS, token_counts)
+            description = self._description(files)
+            description.write(assembled)
+            report = DataReport.of(description, facts, token_counts, lengths, self.how.tokenizer, seconds=seconds)
+            write_report(report, assembled)
+            self._warn_of_damage(description)
+            if output.is_dir():
+                output.rmdir()  # it was empty: rename needs the name free
+            assembled.rename(output)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _description(self, files: list[str]) -> Description:
+        blocks = self._sum("blocks")
+        tokenizer, seq_len = self.how.tokenizer, self.how.seq_len
+        short = {"short_documents": self._sum("short_documents")} if self.how.min_characters else {}
+        return Description(
+            blocks=blocks,
+            seq_len=seq_len,
+            vocab_size=tokenizer.vocabulary.size,
+            tokenizer=str(tokenizer.folder),
+            tokenizer_fingerprint=tokenizer.vocabulary.fingerprint,
+            documents=self._sum("documents"),
+            tokens=blocks * seq_len,
+            dropped={
+                "tokens_at_the_end": self._sum("pending"),
+                "blocks_of_special_tokens": self._sum("dropped_blocks"),
+            }
+            | short,
+            damage={name: sum(each.damage[name] for each in self.facts) for name in vars(Damage())},
+            sources=[self._source(number, source) for number, source in enumerate(self.plan.sources)],
+            options=self.how.described(),
+            files=files,
+            content=self.content,
+            versions=_versions(),
         )
-    if damage.control_characters:
-        log.warning("%s: %d control characters became spaces", ", ".join(names), damage.control_characters)
+
+    def _source(self, number: int, source: Source) -> dict[str, Any]:
+        read = [each.read[number] for each in self.facts if number in each.read]
+        size = source.stat().st_size if isinstance(source, Path) else None
+        documents, characters = (sum(tally[which] for tally in read) for which in (0, 1))
+        return {"path": str(source), "bytes": size, "documents": documents, "characters": characters}
+
+    def _sum(self, name: str) -> int:
+        return sum(getattr(each, name) for each in self.facts)
+
+    def _warn_of_damage(self, made: Description) -> None:
+        names, damage = ", ".join(self.plan.names), made.damage
+        if damage["undecodable_documents"]:
+            log.warning(
+                "%s: %d of %d documents are not UTF-8; what could not be read became U+FFFD. If the text is in another "
+                "encoding convert it first, as with iconv -f latin1 -t utf-8",
+                *(names, damage["undecodable_documents"], made.documents),
+            )
+        if damage["control_characters"]:
+            log.warning("%s: %d control characters became spaces", names, damage["control_characters"])
 
 
-class _Packer:
-    """Joins documents and cuts them into blocks; keeps the rest for the next call."""
-
-    def __init__(self, vocabulary: Vocabulary, seq_len: int) -> None:
-        self.vocabulary, self.seq_len = vocabulary, seq_len
-        self.documents = self.tokens = self.dropped_blocks = 0
-        self._rest: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._special = np.zeros(vocabulary.size, dtype=bool)
-        self._special[vocabulary.special_ids] = True
-
-    @property
-    def pending(self) -> int:
-        """Tokens that do not fill a block yet."""
-        return int(self._rest.size)
-
-    def add(self, documents: Iterable[list[int]]) -> NDArray[np.int64]:
-        """(blocks, seq_len) int64: the blocks that these documents complete."""
-        parts = [self._rest]
-        for ids in documents:
-            if ids:
-                self.documents += 1
-                self.tokens += len(ids)
-                parts += [np.asarray(ids, dtype=np.int64), np.array([self.vocabulary.eos_id])]
-        stream = np.concatenate(parts)
-        inner = self.seq_len - 2
-        count = stream.size // inner
-        self._rest = stream[count * inner :]
-        blocks = np.empty((count, self.seq_len), dtype=np.int64)
-        blocks[:, 0], blocks[:, -1] = self.vocabulary.bos_id, self.vocabulary.eos_id
-        blocks[:, 1:-1] = stream[: count * inner].reshape(count, inner)
-        # A mask takes up to half of a block's tokens, and none that is special: a block of <unk> could not give them.
-        usable = (~self._special[blocks]).sum(1) >= inner // 2 + 1
-        self.dropped_blocks += int(count - usable.sum())
-        return blocks[usable]
-
-
-class _Writer:
-    """Writes blocks to one Arrow file and counts their tokens."""
-
-    def __init__(self, folder: Path, vocabulary: Vocabulary, seq_len: int) -> None:
-        import pyarrow
-
-        self.path = folder / "blocks-00000.arrow"
-        self.blocks = 0
-        self.token_counts = np.zeros(vocabulary.size, dtype=np.int64)
-        self._dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.int32)
-        self._type = pyarrow.list_(pyarrow.from_numpy_dtype(self._dtype), seq_len)
-        self._file = pyarrow.OSFile(str(self.path), "wb")
-        self._stream = pyarrow.ipc.new_stream(self._file, pyarrow.schema([("input_ids", self._type)]))
-
-    def write(self, blocks: NDArray[np.int64]) -> None:
-        """Append (blocks, seq_len) token ids to the file, and count them."""
-        import pyarrow
-
-        self.token_counts += np.bincount(blocks.ravel(), minlength=self.token_counts.size)
-        self.blocks += len(blocks)
-        for start in range(0, len(blocks), _BATCH_BLOCKS):
-            values = pyarrow.array(blocks[start : start + _BATCH_BLOCKS].astype(self._dtype).ravel())
-            lists = pyarrow.FixedSizeListArray.from_arrays(values, type=self._type)
-            self._stream.write_batch(pyarrow.record_batch([lists], names=["input_ids"]))
-
-    def close(self) -> None:
-        self._stream.close()
-        self._file.close()
-        with self.path.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-
-def _all_documents(
-    sources: Sequence[Source], text_field: str, damage: Damage, facts: list[dict[str, Any]], show_progress: bool
-) -> Iterator[str]:
-    """Every document of every source; what was read of each is appended to `facts`."""
-    with tqdm(unit=" documents", disable=not show_progress, desc="preparing", unit_scale=True) as bar:
-        for source in sources:
-            documents = characters = 0
-            for document in read_documents(source, text_field=text_field, damage=damage):
-                documents += 1
-                characters += len(document)
-                bar.update()
-                yield document
-            size = source.stat().st_size if isinstance(source, Path) else None
-            facts.append({"path": str(source), "bytes": size, "documents": documents, "characters": characters})
-
-
-def _batches(documents: Iterator[str], size: int) -> Iterator[list[str]]:
-    while batch := list(itertools.islice(documents, size)):
-        yield batch
+def _link(path: Path, target: Path) -> None:
+    """The file under another name as well, or a copy of it; it may take a while to be seen from here."""
+    deadline = time.monotonic() + _FILES_ARE_SEEN_WITHIN_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    try:
+        os.link(path, target)
+    except FileNotFoundError:
+        raise
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, target)
 
 
 def _versions() -> dict[str, str]:

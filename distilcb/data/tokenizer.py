@@ -3,12 +3,13 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 
 from distilcb.errors import ModelError, first_line
@@ -40,6 +41,7 @@ class Vocabulary:
     special_ids: (n,) int64 of every special token, <unk> among them: never chosen, never drawn as a random word.
     word_start: (size,) bool, true for tokens that begin a word.
     fingerprint: equal for tokenizers that give equal ids.
+    unk_id: what stands for text that no token spells, where there is such.
     """
 
     size: int
@@ -49,6 +51,7 @@ class Vocabulary:
     special_ids: NDArray[np.int64]
     word_start: NDArray[np.bool_]
     fingerprint: str
+    unk_id: int | None = None
 
 
 class TextTokenizer:
@@ -87,7 +90,33 @@ class TextTokenizer:
             special_ids=special,
             word_start=_word_starts(tokenizer, size),
             fingerprint=_fingerprint(tokenizer),
+            unk_id=tokenizer.unk_token_id,
         )
+
+    def encode(self, documents: list[str]) -> list[list[int]]:
+        """Token ids of each document, without separators; as `Encoder.encode`."""
+        return self.encoder.encode(documents)
+
+    @cached_property
+    def encoder(self) -> "Encoder":
+        """What turns text into ids, for other processes too."""
+        tokenizer = self.hugging_face
+        never = frozenset(self.vocabulary.special_ids.tolist()) - {tokenizer.unk_token_id}
+        spelled = tuple(token for token in tokenizer.all_special_tokens if len(token) > 1)
+        return Encoder(_without_transformers(tokenizer), never_text=never, spelled_tokens=spelled)
+
+    def pieces(self, ids: list[int]) -> list[str]:
+        """The tokens of these ids as the vocabulary spells them."""
+        return list(map(str, self.hugging_face.convert_ids_to_tokens(ids)))
+
+
+class Encoder:
+    """Text to ids. It pickles, and where it does its work no transformers need be imported."""
+
+    def __init__(self, tokenizer: Any, *, never_text: frozenset[int], spelled_tokens: tuple[str, ...]) -> None:
+        """never_text: ids that are left out; spelled_tokens: words that are broken up in the text."""
+        self.never_text, self.spelled_tokens = never_text, spelled_tokens
+        self._tokenizer = tokenizer
 
     def encode(self, documents: list[str]) -> list[list[int]]:
         """Token ids of each document, without separators.
@@ -96,40 +125,52 @@ class TextTokenizer:
         tokenizer's normaliser spells ("＜mask＞" in full-width signs) is left out.
         """
         ids: list[list[int]] = [[] for _ in documents]
-        owners: list[int] = []
-        pieces: list[str] = []
-        for number, document in enumerate(documents):
-            for piece in cut_at_spaces(self._as_text(document), longest=_PIECE_CHARACTERS):
-                owners.append(number)
-                pieces.append(piece)
-                if len(pieces) == _BATCH_PIECES:
-                    self._encode_pieces(pieces, owners, ids)
-                    owners, pieces = [], []
-        self._encode_pieces(pieces, owners, ids)
+        for owners, pieces in cut_batches(map(self.as_text, documents)):
+            for number, found in zip(owners, self._ids(pieces), strict=True):
+                ids[number] += found if self.never_text.isdisjoint(found) else self._ordinary(found)
         return ids
 
-    def _encode_pieces(self, pieces: list[str], owners: list[int], ids: list[list[int]]) -> None:
-        """Append each piece's ids to its document's."""
-        if not pieces:
-            return
-        never = self._never_text
-        encoded = self.hugging_face(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-        for number, found in zip(owners, encoded, strict=True):
-            ids[number] += found if never.isdisjoint(found) else [i for i in found if i not in never]
-
-    def _as_text(self, document: str) -> str:
-        for token in self._spelled_tokens:
+    def as_text(self, document: str) -> str:
+        """The document with the special tokens that it spells broken up."""
+        for token in self.spelled_tokens:
             if token in document:
                 document = document.replace(token, f"{token[0]} {token[1:]}")
         return document
 
-    @cached_property
-    def _never_text(self) -> frozenset[int]:
-        return frozenset(self.vocabulary.special_ids.tolist()) - {self.hugging_face.unk_token_id}
+    def _ids(self, pieces: list[str]) -> list[list[int]]:
+        if isinstance(self._tokenizer, tokenizers.Tokenizer):
+            return [each.ids for each in self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)]
+        found: list[list[int]] = self._tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        return found
 
-    @cached_property
-    def _spelled_tokens(self) -> tuple[str, ...]:
-        return tuple(token for token in self.hugging_face.all_special_tokens if len(token) > 1)
+    def _ordinary(self, ids: list[int]) -> list[int]:
+        return [each for each in ids if each not in self.never_text]
+
+
+def _without_transformers(tokenizer: Any) -> Any:
+    """The Rust tokenizer below, whatever it has been told to cut and fill; the tokenizer itself where there is none."""
+    below = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(below, tokenizers.Tokenizer):
+        return tokenizer
+    own = tokenizers.Tokenizer.from_str(below.to_str())
+    own.no_truncation()
+    own.no_padding()
+    return own
+
+
+def cut_batches(documents: Iterable[str]) -> Iterator[tuple[list[int], list[str]]]:
+    """The documents in pieces that a tokenizer has the memory for: (number of the document, piece) side by side."""
+    owners: list[int] = []
+    pieces: list[str] = []
+    for number, document in enumerate(documents):
+        for piece in cut_at_spaces(document, longest=_PIECE_CHARACTERS):
+            owners.append(number)
+            pieces.append(piece)
+            if len(pieces) == _BATCH_PIECES:
+                yield owners, pieces
+                owners, pieces = [], []
+    if pieces:
+        yield owners, pieces
 
 
 def cut_at_spaces(text: str, *, longest: int) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The composition root: a Config becomes loader, teacher, student, engine and the rest, wired."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -388,6 +389,7 @@ def open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokeniz
         cache=cache_folder(data),
         seq_len=data.seq_len,
         text_field=data.text_field,
+        processes=len(os.sched_getaffinity(0)),  # the other ranks wait meanwhile
         show_progress=world.is_main,
     )
     blocks = Blocks(Path(folder))

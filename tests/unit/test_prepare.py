@@ -17,7 +17,7 @@ import pytest
 
 import distilcb
 from distilcb.config import REPOSITORY
-from distilcb.data import prepare as prepare_module
+from distilcb.data import packing
 from distilcb.data.blocks import Blocks, RandomBlocks, check_fits, is_prepared, read_description
 from distilcb.data.prepare import prepare, prepare_cached
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
@@ -36,12 +36,15 @@ class Numerals:
 
     def __init__(self, size=100, fingerprint="numerals"):
         starts = np.ones(size, dtype=bool)
-        self.vocabulary = Vocabulary(size, BOS, EOS, MASK, np.array([BOS, EOS, MASK, UNK]), starts, fingerprint)
+        self.vocabulary = Vocabulary(size, BOS, EOS, MASK, np.array([BOS, EOS, MASK, UNK]), starts, fingerprint, UNK)
         self.calls = 0
 
     def encode(self, documents):
         self.calls += 1
         return [[int(word) for word in document.split()] for document in documents]
+
+    def pieces(self, ids):
+        return list(map(str, ids))
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,11 @@ def random_numerals(documents, *, size=100, seed=0, lowest=4, longest=30):
 def all_blocks(folder):
     blocks = Blocks(folder)
     return blocks.read(np.arange(len(blocks)))
+
+
+def files_of(folder):
+    """Names and bytes of what a folder holds, but for the report, which tells times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith("report.")}
 
 
 def snapshot(folder):
@@ -144,8 +152,8 @@ def test_token_counts_are_those_of_the_blocks(prepared, teacher):
 def test_blocks_do_not_depend_on_how_many_documents_are_tokenized_at_once(tmp_path, monkeypatch, batch_documents):
     text = write_lines(tmp_path / "a.txt", random_numerals(400))
     expected = prepare([text], tokenizer=Numerals(), output=tmp_path / "whole", seq_len=16)
-    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", batch_documents)
-    monkeypatch.setattr(prepare_module, "_BATCH_BLOCKS", batch_documents)
+    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", batch_documents)
+    monkeypatch.setattr(packing, "_BATCH_BLOCKS", batch_documents)
     found = prepare([text], tokenizer=Numerals(), output=tmp_path / "parts", seq_len=16)
     assert np.array_equal(all_blocks(tmp_path / "whole"), all_blocks(tmp_path / "parts"))
     assert expected == found
@@ -328,9 +336,10 @@ def test_the_same_text_gives_the_same_files(tmp_path):
     text = write_lines(tmp_path / "a.txt", random_numerals(200))
     for name in ("one", "two"):
         prepare([text], tokenizer=Numerals(), output=tmp_path / name, seq_len=16)
-    one, two = ({path.name: data for path, (data, _) in snapshot(tmp_path / name).items()} for name in ("one", "two"))
+    one, two = (files_of(tmp_path / name) for name in ("one", "two"))
     assert one == two
     assert set(one) == {"description.json", "token_counts.npy", ARROW}
+    assert {"report.json", "report.md"} <= {path.name for path in (tmp_path / "one").iterdir()}
 
 
 def test_preparing_the_same_again_leaves_the_output_as_it_is(tmp_path):
@@ -396,7 +405,7 @@ def test_an_interrupted_preparation_leaves_nothing_and_can_be_repeated(tmp_path,
                 raise interruption
             return encoded
 
-    monkeypatch.setattr(prepare_module, "_BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 10)
     text = write_lines(tmp_path / "a.txt", random_numerals(200))
     output = tmp_path / "store/out"
     expected = interruption if isinstance(interruption, type) else type(interruption)

@@ -1,0 +1,173 @@
+"""SentencePiece's own library in the place of the Hugging Face tokenizer: only where its ids are the same."""
+
+import json
+import logging
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distilcb.config import REPOSITORY
+from distilcb.data import sentence_pieces
+from distilcb.data.corpus import Damage, clean
+from distilcb.data.sentence_pieces import SentencePieceEncoder, faster_encoder, first_difference
+from distilcb.data.tokenizer import TextTokenizer
+
+TEACHER = REPOSITORY / "recipes/mini/teacher"
+MODEL = TEACHER / "sentencepiece.bpe.model"
+FRENCH = (REPOSITORY / "recipes/mini/text/heldout/lettres.txt").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return TextTokenizer(str(TEACHER))
+
+
+@pytest.fixture(scope="module")
+def encoder(teacher):
+    return SentencePieceEncoder(MODEL, teacher)
+
+
+def by_library_alone(encoder, document):
+    """The ids without the detour through the Hugging Face tokenizer."""
+    return encoder._ids[encoder._library.encode(document)].tolist()
+
+
+def encoded(encoder, documents):
+    ids, counts = encoder.encode_flat(documents)
+    return [row.tolist() for row in np.split(ids, np.cumsum(counts)[:-1])]
+
+
+def test_ids_are_those_of_the_hugging_face_tokenizer_remapped(teacher, encoder):
+    assert encoded(encoder, FRENCH) == teacher.encode(FRENCH)
+    # SentencePiece counts from <unk>, the tokenizer from four words of fairseq's.
+    piece = encoder._library.piece_to_id("▁de")
+    assert encoder._ids[piece] == teacher.hugging_face.get_vocab()["▁de"] == piece + 4
+
+
+@pytest.mark.parametrize("text", sentence_pieces._ODD)
+def test_odd_text_has_the_same_ids(teacher, encoder, text):
+    document = clean(text, Damage())
+    assert encoded(encoder, [document]) == teacher.encode([document])
+
+
+@pytest.mark.parametrize("text", ["Fin....", "une nuit.....", "6,000 francs", "hmm...... mllll", "quelqu'un…. Oui"])
+def test_ties_are_decided_as_the_hugging_face_tokenizer_does(teacher, encoder, text):
+    (expected,) = teacher.encode([text])
+    assert encoded(encoder, [f"Avant {text}", text, "sans"])[1] == expected
+
+
+def test_the_two_libraries_do_decide_ties_differently(teacher, encoder):
+    """Else the detour above would be for nothing."""
+    assert by_library_alone(encoder, "bonasse....") != teacher.encode(["bonasse...."])[0]
+
+
+@pytest.mark.parametrize("token", ["＜mask＞", "<ma\u200bsk>", "＜/s＞", "﹤pad﹥"])
+def test_special_tokens_that_the_normaliser_spells_are_left_out_as_before(teacher, encoder, token):
+    text = f"bonjour {token} demain"
+    assert encoded(encoder, [text]) == teacher.encode([text])
+    assert teacher.vocabulary.mask_id not in encoded(encoder, [text])[0]
+
+
+@pytest.mark.parametrize("text", ["ⁿ\u034a est", "²\ufe0f et ½\u0301", "e\u0301te\u0301 e\u0301\u0323", "👩\u200d👧"])
+def test_joined_characters_have_the_same_ids(teacher, encoder, text):
+    assert encoded(encoder, [text]) == teacher.encode([text])
+
+
+def test_the_two_libraries_do_treat_joined_characters_differently(teacher, encoder):
+    assert by_library_alone(encoder, "ⁿ\u034a") != teacher.encode(["ⁿ\u034a"])[0]
+
+
+def test_random_text_has_the_same_ids(teacher, encoder):
+    generator = random.Random(0)
+    letters = "aeilnorst.,'-0123 éà"
+    signs = [chr(code) for code in range(0x21, 0x3000) if chr(code).isprintable()]
+    texts = ["".join(generator.choices(letters, k=generator.randint(1, 200))) for _ in range(2000)]
+    texts += ["".join(generator.choices(signs, k=generator.randint(1, 60))) for _ in range(2000)]
+    documents = [clean(text, Damage()) for text in texts]
+    assert first_difference(encoder, documents) is None
+
+
+def test_a_long_document_is_one_row(teacher, encoder):
+    document = " ".join(FRENCH * 40)
+    assert len(document) > 80_000
+    assert encoded(encoder, ["un", document, "", "deux"]) == teacher.encode(["un", document, "", "deux"])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_and_pickling_change_nothing(teacher, threads):
+    encoder = SentencePieceEncoder(MODEL, teacher, threads=threads)
+    again = pickle.loads(pickle.dumps(encoder))
+    assert encoded(again, [*FRENCH, "Fin...."]) == teacher.encode([*FRENCH, "Fin...."])
+
+
+def test_the_faster_encoder_is_taken_where_it_is_proven(teacher, caplog):
+    with caplog.at_level(logging.INFO):
+        assert isinstance(faster_encoder(teacher, FRENCH), SentencePieceEncoder)
+    assert "tokenizing with sentencepiece's library" in caplog.text
+
+
+def copy_of_teacher(folder):
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", MODEL.name):
+        shutil.copy(TEACHER / name, folder)
+    return folder
+
+
+def test_without_a_model_there_is_none(tmp_path):
+    folder = copy_of_teacher(tmp_path / "t")
+    (folder / MODEL.name).unlink()
+    assert faster_encoder(TextTokenizer(str(folder)), FRENCH) is None
+
+
+def test_a_model_that_cannot_be_read_is_not_used_and_that_is_said(tmp_path, caplog):
+    folder = copy_of_teacher(tmp_path / "t")
+    (folder / MODEL.name).write_bytes(b"no model")
+    with caplog.at_level(logging.INFO):
+        assert faster_encoder(TextTokenizer(str(folder)), FRENCH) is None
+    assert "is of no use" in caplog.text
+
+
+def test_a_model_whose_ids_differ_is_not_used_and_that_is_said(tmp_path, caplog):
+    folder = copy_of_teacher(tmp_path / "t")
+    make_rare(folder / "tokenizer.json", "▁de")
+    tokenizer = TextTokenizer(str(folder))
+    with caplog.at_level(logging.INFO):
+        assert faster_encoder(tokenizer, FRENCH) is None
+    assert "sentencepiece gives other ids for" in caplog.text
+
+
+def make_rare(path: Path, piece: str) -> None:
+    """Give a piece of a saved tokenizer the score of one that is hardly ever seen."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = facts["model"]["vocab"]
+    vocabulary[[entry[0] for entry in vocabulary].index(piece)][1] = -100.0
+    path.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def test_the_sample_of_the_corpus_is_what_decides(teacher, tmp_path, monkeypatch):
+    """A difference that none of the odd cases shows, and that the corpus does."""
+    by_library = SentencePieceEncoder.encode_flat
+
+    def wrong_about_cheese(self, documents):
+        ids, counts = by_library(self, documents)
+        return (ids[::-1], counts) if any("fromage" in document for document in documents) else (ids, counts)
+
+    monkeypatch.setattr(SentencePieceEncoder, "encode_flat", wrong_about_cheese)
+    assert faster_encoder(teacher, ["Le pain est sur la table."]) is not None
+    assert faster_encoder(teacher, ["Le fromage est sur la table."]) is None
+
+
+def test_a_model_with_pieces_that_the_tokenizer_lacks_is_refused(tmp_path):
+    folder = copy_of_teacher(tmp_path / "t")
+    facts = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = facts["model"]["vocab"]
+    for entry in vocabulary:
+        if entry[0] == "▁de":
+            entry[0] = "▁de▁"
+    (folder / "tokenizer.json").write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(ValueError, match="no piece '▁de'"):
+        SentencePieceEncoder(folder / MODEL.name, TextTokenizer(str(folder)))
