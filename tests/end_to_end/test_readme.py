@@ -68,6 +68,8 @@ def test_every_command_of_the_readme_runs(folder):
         elif program == "launch/prepare.py":
             run(words, folder)
             assert json.loads((folder / "blocks" / "description.json").read_text())["blocks"] > 0
+        elif program == "sbatch":
+            assert_batch_file_takes(words)
         elif program == "launch/replay.py":
             assert "equal to the last bit" in run([*words, "--step", "2"], folder)
         elif program == "make":
@@ -76,7 +78,15 @@ def test_every_command_of_the_readme_runs(folder):
             assert_tensorboard_serves(words, folder)
         else:
             raise AssertionError(f"README has a command that nothing tests: {line}")
-    assert seen == {"make", "launch/train.py", "launch/prepare.py", "launch/replay.py", "tensorboard"}
+    assert seen == {"make", "launch/train.py", "launch/prepare.py", "launch/replay.py", "sbatch", "tensorboard"}
+
+
+def assert_batch_file_takes(words):
+    """The jobs themselves are run by tests/slurm."""
+    place = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+    assert words[place] == "slurm/distill.sbatch"
+    assert (REPOSITORY / words[place]).is_file()
+    parse_command_line(words[place + 1 :])
 
 
 def assert_tensorboard_serves(words, folder):
@@ -114,6 +124,7 @@ def test_the_python_example_runs(folder):
     assert (folder / "runs" / "from_python" / "DONE").exists()
 
 
+SLURM_PAGE = (REPOSITORY / "docs" / "slurm.md").read_text(encoding="utf-8")
 GUIDE = (REPOSITORY / "docs" / "distilcamembert.md").read_text(encoding="utf-8")
 
 
@@ -124,7 +135,12 @@ def test_the_clusters_guide_uses_options_that_are_there(tmp_path, monkeypatch):
     seen = []
     for words in (shlex.split(line, comments=True) for line in lines.splitlines()):
         program = next((word for word in words if word.startswith("launch/")), None)
-        if program == "launch/train.py":
+        batch_file = next((word for word in words if word.endswith(".sbatch")), None)
+        if batch_file:
+            assert (REPOSITORY / batch_file).is_file()
+        if batch_file == "slurm/distill.sbatch":
+            assert parse_command_line(words[words.index(batch_file) + 1 :]).config.data.seq_len == 512
+        elif program == "launch/train.py":
             assert parse_command_line(words[words.index(program) + 1 :]).config.data.seq_len == 512
         elif program is not None:
             understood = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=True)
@@ -132,6 +148,15 @@ def test_the_clusters_guide_uses_options_that_are_there(tmp_path, monkeypatch):
             assert [option for option in options if option not in understood.stdout] == []
         seen.append(program)
     assert {"launch/prepare.py", "launch/train.py", "launch/export.py"} <= set(seen)
+
+
+def test_every_batch_file_is_a_script_that_the_page_on_slurm_names():
+    files = sorted((REPOSITORY / "slurm").glob("*.sbatch"))
+    assert len(files) == 4
+    for path in files:
+        assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+        assert f"slurm/{path.name}" in SLURM_PAGE
+        assert "job.sh" in path.read_text(encoding="utf-8")
 
 
 def test_every_file_that_the_readme_links_to_exists():
