@@ -101,7 +101,7 @@ def torture(run_dir: Path, ranks: int, steps: int, kills: int, chance: random.Ra
         )
         try:
             wait_for(moment, process, run_dir, chance)
-            rank = None if whole_job else chance.choice(ranks_of(process.pid) or [None])
+            rank = None if whole_job else a_rank_of(process, chance)
             os.kill(rank, signal.SIGKILL) if rank else os.killpg(process.pid, signal.SIGKILL)
             process.wait(timeout=_PATIENCE_SECONDS)
         finally:
@@ -121,13 +121,24 @@ def torture(run_dir: Path, ranks: int, steps: int, kills: int, chance: random.Ra
     return done
 
 
+def a_rank_of(process: subprocess.Popen[bytes], chance: random.Random) -> int:
+    """Any rank of the job, once it has one."""
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while not (ranks := ranks_of(process.pid)):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise TrainingError(f"process {process.pid} ended, or started no rank")
+        time.sleep(0.01)
+    return chance.choice(ranks)
+
+
 def wait_for(moment: str, process: subprocess.Popen[bytes], run_dir: Path, chance: random.Random) -> None:
     """Until the run is somewhere in a moment of this kind."""
     first, deadline = last_step(run_dir), time.monotonic() + _PATIENCE_SECONDS
     conditions: dict[str, Callable[[], bool]] = {
         "start": lambda: True,
         "step": lambda: last_step(run_dir) > first,
-        "save": lambda: any((run_dir / "checkpoints").glob(".step_*.tmp")),
+        # A folder that an earlier kill has left is removed before the first step.
+        "save": lambda: last_step(run_dir) > first and any((run_dir / "checkpoints").glob(".step_*.tmp")),
         # The line of the step is written before its evaluation.
         "evaluation": lambda: last_step(run_dir) > first and last_step(run_dir) % EVAL_EVERY == 0,
     }
