@@ -29,6 +29,15 @@ def test_a_site_file_that_is_missing_is_named(lab):
     assert "DISTILCB_SITE=/nowhere/site.sh is not there. Copy slurm/site.sh.example" in refusal(job)
 
 
+def test_a_job_that_is_warned_before_it_begins_is_not_requeued_over_and_over(lab, run_dir):
+    """As one whose --time is no longer than the warning before its end."""
+    site = lab.shared / "warned.sh"
+    site.write_text("kill -USR1 $$\n")
+    job = lab.submit("--run_dir", run_dir, *SMALL, environ={"DISTILCB_SITE": str(site)})
+    assert "the time limit is near before training has begun. Ask for a --time" in refusal(job)
+    assert not run_dir.exists()
+
+
 def test_a_job_submitted_from_elsewhere_is_told_from_where(lab):
     job = lab.submit(options=(*ONE_RANK_A_NODE, f"--chdir={lab.shared}"), environ={"DISTILCB_HOME": str(lab.shared)})
     assert f"{lab.shared} is not distilcb's folder" in refusal(job)

@@ -48,11 +48,10 @@ def test_a_cut_cable_ends_the_ranks_on_both_sides_and_names_the_far_one(lab, run
         while _ranks_on(lab, "node1") + _ranks_on(lab, "node2"):
             assert time.monotonic() < survivors, "a rank outlived the cut"
             time.sleep(0.5)
+        # The node does not answer Slurm either: it is tried again from the last checkpoint.
+        job.wait_until(lambda: job.facts()["Restarts"] == "1", "it is requeued")
     finally:
         lab.run("ip", "link", "set", "slab0.2", "up")
-    # The node did not answer Slurm either, and a checkpoint was saved: it is tried again.
-    job.wait_until(lambda: job.facts()["Restarts"] == "1", "it is requeued")
-    assert "a node does not answer" in job.said()
 
 
 def _ranks_on(lab, node):
