@@ -57,7 +57,8 @@ def preflight(world: World, command: CommandLine, settings: dict[str, Any]) -> i
         log.warning("Slurm gave GPUs to this job, but torch %s uses none: training on the CPU", torch.__version__)
     if world.size > 1:
         log.info(
-            "preflight: %d ranks on %d machines agree (%.1f s)", world.size, len(hosts), time.perf_counter() - started
+            "preflight: %d ranks on %d machine(s) agree (%.1f s)",
+            *(world.size, len(hosts), time.perf_counter() - started),
         )
     return len(hosts)
 

@@ -20,7 +20,7 @@ def refusal(job):
 
 def test_an_option_that_does_not_exist_is_told_before_any_rank_starts(lab, run_dir):
     job = lab.submit("--run_dir", run_dir, "--optim.lrr", "1")
-    assert "did you mean optim.lr?" in refusal(job)
+    assert "did you mean --optim.lr?" in refusal(job)
     assert "srun ended" not in job.said()
 
 
