@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from distilcb.errors import LaunchError, RankZeroLostError, TrainingError, UserError, first_line
-from distilcb.launcher import World, discover, export, says_rank_zero
+from distilcb.launcher import World, discover, export, is_task_of_several, says_rank_zero
 from distilcb.machine import (
     is_compiled,
     keep_freed_memory,
@@ -260,6 +260,10 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Where a rank is lost, torch prints a page of C++ frames beside our line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if is_task_of_several(os.environ):
+        # Where one has failed, srun ends the others, of which some have not come as far as to find the same fault. It
+        # reports the largest exit code, and that of SIGTERM would hide what the first one said.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
@@ -312,6 +316,8 @@ def _end_without_finalizing() -> None:
         return
     logging.shutdown()
     atexit._run_exitfuncs()
+    if (mpi := sys.modules.get("mpi4py.MPI")) and not mpi.Is_finalized():
+        mpi.Finalize()  # mpirun calls it a failure to end without
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -143,6 +143,11 @@ def is_started_by_mpi(environ: Mapping[str, str]) -> bool:
     return any(_all_set(environ, each) for each in _MPI_LAUNCHERS) and not _all_set(environ, _LAUNCHER)
 
 
+def is_task_of_several(environ: Mapping[str, str]) -> bool:
+    """Whether srun started this process, and others with it."""
+    return _step_id(environ) is not None and environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+
+
 def is_later_slice(environ: Mapping[str, str]) -> bool:
     """Whether this Slurm job goes on with what it began: requeued, or not the first of a job array."""
     restarts = _number(environ, "SLURM_RESTART_COUNT", default=0)

@@ -41,16 +41,16 @@ class StopRequest:
         self._heard = self._said = False
         self._agreed: tuple[int, str] | None = None
         self._looked_at: dict[str, float] = {}
+        self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
         """Take SIGTERM and SIGUSR1 for a request from now on; call it in the main thread."""
-        for number in _SIGNALS:
-            signal.signal(number, self._hear)
+        self._before = {number: signal.signal(number, self._hear) for number in _SIGNALS}
 
     def stop_listening(self) -> None:
         """Let SIGTERM end the process again, as nothing is left to save."""
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def asked_here(self) -> str | None:
         """What this rank has heard of, at once and without a word to the others."""

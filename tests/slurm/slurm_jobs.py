@@ -4,7 +4,8 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,19 @@ class Lab:
         """A command among a node's processes, with its network."""
         first = (self.folder / node / "init.pid").read_text().strip()
         return self.run("nsenter", "--net", "--pid", "--mount", "--target", first, *words, check=False)
+
+    @contextmanager
+    def node_may_be_silent_for(self, seconds: int) -> Iterator[None]:
+        """Let Slurm wait so long for a silent node before it calls it down."""
+        conf = self.folder / "etc/slurm.conf"
+        before = conf.read_text()
+        conf.write_text(re.sub(r"(?m)^SlurmdTimeout=.*", f"SlurmdTimeout={seconds}", before))
+        self.run("scontrol", "reconfigure")
+        try:
+            yield
+        finally:
+            conf.write_text(before)
+            self.run("scontrol", "reconfigure")
 
     def signal_rank(self, node: str, name: str) -> None:
         """Signal the training process of a node."""

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -189,3 +190,23 @@ def test_a_taken_port_is_a_launch_error_that_says_so(tmp_path):
             environ={"CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": port},
         )
     assert f"LaunchError: port {port} of 127.0.0.1 is taken" in done.stderr
+
+
+WAITS = """
+import sys, time
+from distilcb.distributed import exit_code
+def main(words):
+    print("here", flush=True)
+    time.sleep(60)
+sys.exit(exit_code(main))
+"""
+
+
+@pytest.mark.parametrize(("environ", "code"), [(SRUN, 1), (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, -signal.SIGTERM)])
+def test_a_task_that_srun_ends_for_anothers_fault_does_not_hide_that_ones_exit_code(environ, code):
+    """srun reports the largest: 2 of a user's mistake, and 143 of SIGTERM."""
+    task = subprocess.Popen([sys.executable, "-c", WAITS], env=clean_environ() | environ, stdout=subprocess.PIPE)
+    assert task.stdout.readline() == b"here\n"
+    task.terminate()
+    assert task.wait(timeout=30) == code
+    task.stdout.close()
