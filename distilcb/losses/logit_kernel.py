@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 import triton
 import triton.language as tl
@@ -102,7 +101,7 @@ def _rows(  # type: ignore[no-untyped-def]  # Triton's own types
             at_label += tl.sum(tl.where(columns == label, logits, 0.0), 0)
         if is_soft and (HAS_KL or HAS_MSE):
             targets = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            distance = tl.where(inside, targets - logits, 0.0)
+            distance = tl.where(inside, targets, 0.0) - tl.where(inside, logits, 0.0)
             if HAS_MSE:
                 squares += tl.sum(distance * distance, 0)
             if HAS_KL:
@@ -143,7 +142,8 @@ def _rows(  # type: ignore[no-untyped-def]  # Triton's own types
                     theirs = tl.exp((targets - teacher_largest) * inverse_temperature) / teacher_exps
                     gradient += (ours - theirs) * (kl_factor / inverse_temperature)
                 if HAS_MSE:
-                    gradient += 2 * mse_factor * tl.where(inside, logits - targets, 0.0)
+                    distance = tl.where(inside, logits, 0.0) - tl.where(inside, targets, 0.0)
+                    gradient += 2 * mse_factor * distance
             if is_hard:
                 gradient += mlm_factor * (tl.exp(logits - largest) / exps - tl.where(columns == label, 1.0, 0.0))
             tl.store(student + columns, (gradient * factor).to(student.dtype.element_ty), mask=inside)

@@ -55,7 +55,7 @@ def take_rows(
         from distilcb.losses.logit_kernel import take_rows_in_kernel
 
         return take_rows_in_kernel(student, teacher, labels, terms, scale, wants_gradient)
-    return _take_rows_vectorised(student, teacher, labels, terms, scale, wants_gradient)
+    return take_rows_vectorised(student, teacher, labels, terms, scale, wants_gradient)
 
 
 @cache
@@ -67,9 +67,10 @@ def _triton_is_here() -> bool:
     return True
 
 
-def _take_rows_vectorised(
+def take_rows_vectorised(
     student: Tensor, teacher: Tensor | None, labels: Tensor, terms: LogitTerms, scale: Tensor | None, wants: bool
 ) -> Tensor:
+    """As `take_rows`, in torch's own operations on a few rows at a time."""
     rows, vocab = student.shape
     at_once = max(1, _BYTES_AT_ONCE.get(student.device.type, _BYTES_AT_ONCE["cuda"]) // (4 * vocab))
     work = _Work(min(at_once, rows), vocab, student.device)
