@@ -29,7 +29,7 @@ from distilcb.data.blocks import TOKEN_COUNTS, Description, is_prepared, read_de
 from distilcb.data.corpus import Damage, OpenDataset, Source, find_sources, kind_of, opened, read_documents
 from distilcb.data.crew import Crew
 from distilcb.data.data_report import DataReport, write_report
-from distilcb.data.packing import PartFacts, PartMaker, has_finished_parts, sum_of_arrays
+from distilcb.data.packing import ON_FULL_DISK, PartFacts, PartMaker, has_finished_parts, sum_of_arrays
 from distilcb.data.parts import PART_BYTES, Part, Share, Stream, cut, share_out
 from distilcb.data.progress import Progress
 from distilcb.data.sentence_pieces import faster_encoder
@@ -169,7 +169,8 @@ def prepare_cached(
     output = cache / "blocks" / content[:32]
     with writing(output.parent, DataError, "Give a --data.cache that can be written to."):
         output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{output}.lock"):
+        lock = FileLock(f"{output}.lock").acquire()
+    with lock:
         _prepare_content(plan, how, content, output=output, crew=Crew(), show_progress=show_progress)
     return output
 
@@ -391,7 +392,7 @@ class _Assembly:
             )
         assembled = self.folder / "assembled"
         shutil.rmtree(assembled, ignore_errors=True)  # of a start that was killed here
-        with writing(output, DataError, "Name a folder that can be written to."):
+        with writing(output, DataError, ON_FULL_DISK):
             assembled.mkdir()
             files: list[str] = []
             for part in facts:

@@ -129,7 +129,7 @@ def _work(connection: Connection, threads: int, parent: int) -> None:
             answer: tuple[Any, Any]
             try:
                 answer = make(part, end_if_alone), None
-            except (UserError, OSError) as error:
+            except UserError as error:
                 answer = None, error
             except Exception:
                 answer = None, traceback.format_exc()

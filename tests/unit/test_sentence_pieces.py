@@ -126,7 +126,9 @@ def test_real_text_in_long_documents_has_the_same_ids(encoder, name, monkeypatch
 
 
 @pytest.mark.parametrize("longest", [1, 7, 10, 1000])
-@pytest.mark.parametrize("text", ["", "a", "un deux trois quatre", "x" * 25, "deux mots " + "y" * 30 + " et une fin", " a"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "un deux trois quatre", "x" * 25, "deux mots " + "y" * 30 + " et une fin", " a"]
+)
 def test_short_pieces_join_to_the_text_and_are_cut_before_spaces_only(text, longest):
     pieces = list(cut_only_at_spaces(text, longest=longest))
     assert "".join(pieces) == text
