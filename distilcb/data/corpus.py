@@ -133,9 +133,11 @@ def read_chunks(path: Path, *, chunk_bytes: int) -> Iterator[tuple[Chunk, int]]:
     """
     lines = position = 0
     with _naming(path), _open_bytes(path) as (stream, tell):
-        while text := stream.read(chunk_bytes):
-            text += stream.readline()
-            there = tell()
+        ahead = stream.read(1)
+        while ahead:
+            text = b"".join((ahead, stream.read(chunk_bytes - 1), stream.readline()))
+            ahead = stream.read(1)
+            there = tell() if ahead else path.stat().st_size  # the last takes what a reader leaves unread
             yield Chunk(text, lines), there - position
             lines, position = lines + text.count(b"\n"), there
 

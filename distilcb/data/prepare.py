@@ -359,12 +359,15 @@ def _make_parts(share: Share, maker: PartMaker, how: _How, crew: Crew, progress:
 
 
 def _made(
-    parts: Iterator[Part], maker: PartMaker, processes: int, threads: int, tick: Callable[[], None]
+    parts: Iterator[Part | None], maker: PartMaker, processes: int, threads: int, tick: Callable[[], None]
 ) -> Iterator[tuple[int, PartFacts]]:
     """(bytes of the sources, facts) of each part, made here or by other processes."""
     if processes == 1:
         for part in parts:
-            yield part.size, maker(part, tick)
+            if part is None:
+                tick()
+            else:
+                yield part.size, maker(part, tick)
         return
     with Workers(maker, processes, threads=threads) as workers:
         for part, facts in workers.results(parts, tick):
