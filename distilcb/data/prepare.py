@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -281,6 +281,11 @@ def _made_before(output: Path, content: str) -> Description | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if is_prepared(output) and (made := read_description(output)).content == content:
+        folder, lock_file = _working_names(output, content)
+        if folder.exists():  # of a start that was killed when it had named the output
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                lock_file.unlink()
         return made
     raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
 
@@ -291,12 +296,11 @@ def _working_folder(output: Path, content: str, crew: Crew) -> Iterator[Path]:
 
     What is not finished when it is left is gone, and so is the folder where nothing is.
     """
-    folder = output.parent / f".{output.name}.{content[:16]}.tmp"
+    folder, lock_file = _working_names(output, content)
     if not crew.is_main:
         crew.from_main("folder", lambda: None)
         yield folder
         return
-    lock_file = folder.with_suffix(".lock")
     with writing(output, DataError, "Name a folder that can be written to."):
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = _acquired(lock_file, crew)
@@ -312,6 +316,12 @@ def _working_folder(output: Path, content: str, crew: Crew) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         lock_file.unlink(missing_ok=True)
         lock.release()
+
+
+def _working_names(output: Path, content: str) -> tuple[Path, Path]:
+    """Of the working folder and of its lock."""
+    folder = output.parent / f".{output.name}.{content[:16]}.tmp"
+    return folder, folder.with_suffix(".lock")
 
 
 def _acquired(lock_file: Path, crew: Crew) -> FileLock:

@@ -171,6 +171,17 @@ def test_a_start_that_was_killed_while_putting_parts_together_is_finished_by_the
     assert found == prepared([interrupted / "text"], interrupted / "whole")
 
 
+def test_what_a_start_left_that_was_killed_when_it_had_named_the_output_goes_with_the_next(interrupted):
+    leftover = working_folder(interrupted / "store")
+    expected = prepared([interrupted / "text"], interrupted / "whole")
+    (interrupted / "whole").rename(interrupted / "store/out")
+    leftover.with_suffix(".lock").touch()
+    again = Numerals()
+    assert prepared([interrupted / "text"], interrupted / "store/out", tokenizer=again) == expected
+    assert again.calls == 0
+    assert [path.name for path in (interrupted / "store").iterdir()] == ["out"]
+
+
 def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
