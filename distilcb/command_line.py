@@ -114,7 +114,7 @@ def _unknown_options(unknown: Sequence[str]) -> list[str]:
     faults = []
     for word in unknown:
         if word.startswith("--"):
-            faults.append(f"unknown option --{with_nearest(word[2:].split('=')[0], names)}")
+            faults.append(f"unknown option --{with_nearest(word[2:].split('=')[0], names, dashes='--')}")
         elif not faults:
             faults.append(
                 f"unexpected word {word!r}: options are written --section.name VALUE, several files as a.txt,b.txt "

@@ -261,18 +261,28 @@ def accumulation_steps(optim: OptimConfig, world_size: int) -> int:
     """Micro-batches each rank runs for one optimizer step.
 
     Raises:
-        ConfigError: the global batch is not a multiple of ranks x micro-batch; names the nearest that are.
+        ConfigError: the global batch is not a multiple of ranks x micro-batch; names the micro-batch that fits, where
+            one does, and the nearest global batches that are.
     """
     per_pass = world_size * optim.micro_batch
     steps, rest = divmod(optim.global_batch, per_pass)
     if rest:
         near = [size for size in (steps * per_pass, (steps + 1) * per_pass) if size]
+        others = f"--optim.global_batch {' or '.join(map(str, near))}"
+        fitting = _largest_micro_batch(optim, world_size)
+        advice = f"--optim.micro_batch {fitting}; in a new run also {others}" if fitting else f"{others} in a new run"
         raise ConfigError(
-            f"optim.global_batch={optim.global_batch} sequences: {world_size} ranks x "
+            f"optim.global_batch={optim.global_batch} sequences: {world_size} rank(s) x "
             f"optim.micro_batch={optim.micro_batch} make {per_pass} a pass, and {optim.global_batch} is not a "
-            f"multiple. Use {' or '.join(map(str, near))}."
+            f"multiple. Use {advice}{'' if fitting else '; a run that goes on needs another number of ranks'}."
         )
     return steps
+
+
+def _largest_micro_batch(optim: OptimConfig, world_size: int) -> int | None:
+    """The largest micro-batch up to the one asked for that cuts the global batch evenly: it needs no more memory."""
+    share, rest = divmod(optim.global_batch, world_size)
+    return None if rest else max(size for size in range(1, optim.micro_batch + 1) if share % size == 0)
 
 
 def cache_folder(data: DataConfig) -> Path:
@@ -309,7 +319,7 @@ def type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def with_nearest(name: str, names: Sequence[str]) -> str:
+def with_nearest(name: str, names: Sequence[str], *, dashes: str = "") -> str:
     """`name` and what may have been meant: the same word elsewhere, a like one, or all that its section has."""
     section, _, word = name.rpartition(".")
     inside = {each.rpartition(".")[2]: each for each in names if each.rpartition(".")[0] == section}
@@ -317,7 +327,7 @@ def with_nearest(name: str, names: Sequence[str]) -> str:
     near = near or [inside[each] for each in difflib.get_close_matches(word, list(inside), n=1, cutoff=0.5)]
     near = near or difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     if near:
-        return f"{name}: did you mean {near[0]}?"
+        return f"{name}: did you mean {dashes}{near[0]}?"
     return f"{name}: {section} has {', '.join(inside)}" if section and inside else f"{name}: --help lists every one"
 
 

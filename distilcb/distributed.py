@@ -13,12 +13,13 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from distilcb.errors import LaunchError, TrainingError, UserError, first_line
+from distilcb.errors import LaunchError, RankZeroLostError, TrainingError, UserError, first_line
 from distilcb.launcher import World, discover, export, says_rank_zero
 from distilcb.machine import (
     is_compiled,
@@ -125,7 +126,9 @@ def open_store(world: World, *, timeout_seconds: float) -> Any:
     if world.size == 1:
         return HashStore()
     patience = timedelta(seconds=timeout_seconds)
-    return PrefixStore("distilcb", TCPStore(world.master_addr, world.master_port, timeout=patience))
+    # Under torchrun the store outlives the ranks; those that it starts again find nothing of the first ones.
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"distilcb/{restart}", TCPStore(world.master_addr, world.master_port, timeout=patience))
 
 
 def barrier() -> None:
@@ -270,15 +273,28 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
         return _tell_and_end(error)
     except RuntimeError as error:
         if not is_lost_connection(error):
+            _show_and_end_among_ranks()
             raise
         return _tell_and_end(TrainingError(f"another rank is gone, which may say why ({first_line(error)})."))
+    except Exception:
+        _show_and_end_among_ranks()
+        raise
     _end_without_finalizing()
     return 0
+
+
+def _show_and_end_among_ranks() -> None:
+    """A fault of ours: Python's own end could wait for the other ranks in collectives that no longer come."""
+    if _process_group_of_several() is not None:
+        traceback.print_exc()
+        _end_at_once_among_ranks(1)
 
 
 def _tell_and_end(error: Exception) -> int:
     code = 2 if isinstance(error, UserError) else 1
     prefix = ""
+    if isinstance(error, RankZeroLostError) and os.environ.get("RANK") == "1":
+        print(f"[rank 1] TrainingError: {error}", file=sys.stderr, flush=True)
     if not is_main_process():
         # Launchers end the others with SIGTERM once rank zero has failed, and srun reports the largest exit code.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))

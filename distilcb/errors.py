@@ -33,6 +33,10 @@ class TrainingError(Exception):
     """Training cannot go on (a loss that is not finite, say); what was saved stays good. Exit code 1."""
 
 
+class RankZeroLostError(TrainingError):
+    """The rank that tells what is wrong is gone itself, so another one does."""
+
+
 class MachineError(TrainingError):
     """Something is wrong with the machines of an allocation; the message names where. Exit code 1."""
 

@@ -150,6 +150,11 @@ def is_later_slice(environ: Mapping[str, str]) -> bool:
     return restarts > 0 or _number(environ, "SLURM_ARRAY_TASK_ID", default=first) > first
 
 
+def slurm_job(environ: Mapping[str, str]) -> str | None:
+    """The number of this Slurm job, the same for all slices of a job array; None outside one."""
+    return environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID") or None
+
+
 def _from_launcher(environ: Mapping[str, str]) -> World | None:
     """torchrun, deepspeed, or a script that sets their variables."""
     if not _all_set(environ, _LAUNCHER):

@@ -40,7 +40,7 @@ class StopRequest:
         self._reason: str | None = None
         self._heard = self._said = False
         self._agreed: tuple[int, str] | None = None
-        self._looked_at = -_LOOK_EVERY_SECONDS
+        self._looked_at: dict[str, float] = {}
 
     def listen(self) -> None:
         """Take SIGTERM and SIGUSR1 for a request from now on; call it in the main thread."""
@@ -54,16 +54,17 @@ class StopRequest:
 
     def asked_here(self) -> str | None:
         """What this rank has heard of, at once and without a word to the others."""
-        if self._reason is None and self.world.is_main and self._may_look():
+        if self._reason is None and self.world.is_main and self._may_look("files"):
             self._reason = next((why for path, why in self._files.items() if path.exists()), None)
         return self._reason
 
     def heard(self) -> bool:
         """Whether this rank has heard of a request, its own or another's; cheap enough for every batch."""
+        here = self.asked_here() is not None  # first: what comes after this is passed on before it is said to be heard
         self._pass_on()
-        if self.world.size > 1 and not self._heard and self._may_look():
+        if self.world.size > 1 and not self._heard and self._may_look("store"):
             self._heard = bool(self.store.check(["stop/asked"]))
-        return self._heard or self.asked_here() is not None
+        return self._heard or here
 
     def agreed_now(self) -> str | None:
         """Why all ranks stop here, or None; every rank must call it, at a place where they may wait for each other."""
@@ -99,10 +100,10 @@ class StopRequest:
             self.store.set("stop/asked", reason if self.world.is_main else f"rank {self.world.rank}: {reason}")
             self._said = True
 
-    def _may_look(self) -> bool:
-        if time.monotonic() - self._looked_at < _LOOK_EVERY_SECONDS:
+    def _may_look(self, where: str) -> bool:
+        if time.monotonic() - self._looked_at.get(where, -_LOOK_EVERY_SECONDS) < _LOOK_EVERY_SECONDS:
             return False
-        self._looked_at = time.monotonic()
+        self._looked_at[where] = time.monotonic()
         return True
 
     def _asked_anywhere(self) -> str | None:

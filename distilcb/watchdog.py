@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from distilcb.errors import TrainingError, first_line
+from distilcb.errors import RankZeroLostError, TrainingError, first_line
 from distilcb.launcher import World
 
 RESUME_ADVICE = "What was saved stays; the same command goes on from there."
@@ -30,6 +30,9 @@ _BEAT_SECONDS = 2.0
 _LONGEST_SILENCE_SECONDS = 60.0
 # Launchers take about as long to end the others after one that has failed.
 _VERDICT_IS_READ_WITHIN_SECONDS = 2.5 * _BEAT_SECONDS
+
+# In which a rank that lives has beaten again.
+_LOOK_FOR_LOST_SECONDS = 3 * _BEAT_SECONDS
 
 _STACKS_AT_MOST = 8
 
@@ -157,6 +160,7 @@ class Watchdog:
         self._known: set[int] = set()
         self._beats = 0
         self._unanswered_seconds = 0.0
+        self._judged_at = time.monotonic()
         self._fault_seen_at = time.monotonic()
         self._stopped = threading.Event()
         self._end: Callable[[int], Any] = os._exit
@@ -182,29 +186,33 @@ class Watchdog:
     def lost(self, error: Exception) -> TrainingError:
         """The error of a collective whose other side is gone, told by who it was.
 
-        The rank may have left word. Else the beats tell: those that live go on with them for as long as this waits.
+        The rank may have left word. Else the beats tell rank zero: those that live go on with them while they wait
+        here. Only rank zero looks at all of them; a thousand ranks that did would keep its store busy.
         """
         started, before = time.monotonic(), dict.fromkeys(range(self.world.size), -1)
         sights = {rank: Sight() for rank in before}
         try:
-            if fault := self._confessed():
-                return self._lost(fault, error)
-            while time.monotonic() - started < 3 * _BEAT_SECONDS:
-                self._see(sights)
-                for rank, sight in sights.items():
-                    if before[rank] == -1:
-                        before[rank] = sight.beat
+            while time.monotonic() - started < _LOOK_FOR_LOST_SECONDS:
+                if fault := self._confessed():
+                    return TrainingError(self._told(fault, error))
+                if self.world.is_main:
+                    self._see(sights)
+                    for rank, sight in sights.items():
+                        if before[rank] == -1:
+                            before[rank] = sight.beat
                 time.sleep(_BEAT_SECONDS / 4)
         except Exception:
-            return self._lost("rank 0 is gone, and with it the place where ranks meet", error)
+            where = f"rank 0 at {self.world.master_addr} is gone, and with it the place where ranks meet"
+            return RankZeroLostError(self._told(where, error))
+        if not self.world.is_main:
+            return TrainingError(self._told("another rank is gone, which rank 0 names", error))
         gone = {rank: sight for rank, sight in sights.items() if sight.beat == before[rank]}
         if not gone:
-            return self._lost("every rank still lives: the connection between them broke", error)
-        return self._lost(f"{_name(gone)} is gone, last seen in {_where(gone)}", error)
+            return TrainingError(self._told("every rank still lives: the connection between them broke", error))
+        return TrainingError(self._told(f"{_name(gone)} is gone, last seen in {_where(gone)}", error))
 
-    def _lost(self, what: str, error: Exception) -> TrainingError:
-        step = _position.step
-        return TrainingError(f"step {step}: {what}. {self.advice} ({first_line(error)})")
+    def _told(self, what: str, error: Exception) -> str:
+        return f"step {_position.step}: {what}. {self.advice} ({first_line(error)})"
 
     def _watch(self) -> None:
         while not self._stopped.is_set():
@@ -251,6 +259,7 @@ class Watchdog:
         self.store.set(f"beat/{self.world.rank}", json.dumps(said))
         if not self.world.is_main:
             return self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
+        self._forgive_own_absence()
         self._see(self._sights)
         now, silence, stall = time.monotonic(), self.silence_seconds, self.stall_seconds
         verdict = judge(self._sights, now=now, silence_seconds=silence, stall_seconds=stall)
@@ -259,6 +268,14 @@ class Watchdog:
         if verdict:
             self.store.set("verdict", verdict)
         return verdict
+
+    def _forgive_own_absence(self) -> None:
+        """Time in which this process did not look, because its job was suspended, is not the other ranks' silence."""
+        passed, self._judged_at = time.monotonic() - self._judged_at, time.monotonic()
+        if (absent := passed - 2 * _BEAT_SECONDS) > 0:
+            for sight in self._sights.values():
+                sight.heard_at += absent
+                sight.moved_at += absent
 
     def _confessed(self) -> str | None:
         """The fault with which another rank has ended."""

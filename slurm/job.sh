@@ -4,6 +4,7 @@
 #   say WORDS       a line with the time, for the job's log
 #   refuse WORDS    an error message, and the job ends with exit code 2
 #   launch WORDS    srun of $python, a task a rank, in the background; waits for it through signals; $? is srun's
+#   state_of_job    what Slurm says of this job: RUNNING, COMPLETING, ...
 
 say() { echo "$(date +%FT%T) $*"; }
 
@@ -24,8 +25,15 @@ if [ -f "${DISTILCB_SITE:-slurm/site.sh}" ]; then
     . "${DISTILCB_SITE:-slurm/site.sh}" || refuse "${DISTILCB_SITE:-slurm/site.sh} failed: run '. ${DISTILCB_SITE:-slurm/site.sh}' by hand to see why."
     set -u
 fi
-# shellcheck disable=SC2206  # a container's command has several words
-python=(${PYTHON:-$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)})
+if [ -n "${PYTHON:-}" ]; then
+    # shellcheck disable=SC2206  # a container's command has several words
+    python=($PYTHON)
+elif [ -x .venv/bin/python ]; then
+    python=("$PWD/.venv/bin/python")
+else
+    python=(python3)
+fi
+command -v "${python[0]}" >/dev/null || refuse "${python[0]} is not there on $(hostname): mend PYTHON in slurm/site.sh (see slurm/site.sh.example)."
 # -P: the package that is installed, not the folder that lies here.
 "${python[@]}" -P -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("distilcb", "deepspeed"))))' ||
     refuse "${python[*]} has no distilcb on $(hostname). Run 'make install' here, or say in slurm/site.sh how to get to it (see slurm/site.sh.example)."
@@ -43,6 +51,10 @@ launch() {
     while :; do
         wait "$child"
         code=$?
-        kill -0 "$child" 2>/dev/null || return "$code" # a trapped signal ends wait early
+        kill -0 "$child" 2>/dev/null && continue # a trapped signal ended wait early
+        [ "$code" -le 128 ] || { wait "$child"; code=$?; } # or as srun ended: bash has kept srun's own
+        return "$code"
     done
 }
+
+state_of_job() { squeue --noheader --jobs "$SLURM_JOB_ID" --format=%T 2>/dev/null; }

@@ -145,8 +145,8 @@ def _begin(place: Place, number: int) -> None:
 
 def _faults(world: World, names: list[str], differences: list[str]) -> list[str]:
     """What is wrong with how the ranks were started, and with what they compute together."""
-    wrong = wrong_sums(world)
-    return [*differences, *layout_faults(world, Counter(names), os.environ), *([wrong] if wrong else [])]
+    wrong, gpus = wrong_sums(world), os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return [*differences, *layout_faults(world, Counter(names), gpus), *([wrong] if wrong else [])]
 
 
 def _notes(ranks: list[dict[str, Any]], sums: Mapping[str, Mapping[int, float]]) -> list[str]:

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+# The other ranks wait for 30 minutes.
+_CONVERTED_WITHIN_SECONDS = 1500.0
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -83,6 +85,20 @@ class Checkpoints:
         steps = [step for step in self.steps() if before is None or step < before]
         return next((found for step in reversed(steps) if (found := self.of_step(step))), None)
 
+    def newest_or_none_at_all(self) -> Checkpoint | None:
+        """As `newest`, but where there are checkpoints one must be good: else a run would begin anew over them.
+
+        Raises:
+            CheckpointError: all are damaged or cannot be read.
+        """
+        newest = self.newest()
+        if newest is None and self.steps():
+            raise CheckpointError(
+                f"{self.folder}: of its {len(self.steps())} checkpoint(s) none can be used, as said above. See that "
+                "they can be read from here; --fresh starts anew, and keeps them aside."
+            )
+        return newest
+
     def of_step(self, step: int) -> Checkpoint | None:
         """The checkpoint of a step, if its files are what its manifest says; a damaged one is named."""
         path = self._path(step)
@@ -122,6 +138,9 @@ class Checkpoints:
 
     def _complete(self, temporary: Path, final: Path, step: int, world_size: int) -> None:
         try:
+            shards = len(list(temporary.glob("*_optim_states.pt")))
+            if shards not in (0, world_size):  # none: not sharded
+                raise OSError(f"{shards} shards of {world_size} ranks are seen from rank 0")
             self._write_manifest(temporary, step, world_size)
             if final.exists():  # damaged, or from a start that died before it could go on
                 shutil.rmtree(final)
@@ -165,12 +184,19 @@ def _convert(checkpoint: Path, output: Path) -> None:
     """Write DeepSpeed's universal form of a checkpoint, with its own program."""
     shutil.rmtree(output, ignore_errors=True)
     words = ["--input_folder", str(checkpoint), "--output_folder", str(output), "--inject_missing_state"]
-    done = subprocess.run(
-        [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_CONVERTED_WITHIN_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise CheckpointError(
+            f"{checkpoint} was not converted for another number of ranks within {error.timeout:.0f} s. Is the file "
+            "system slow? Start on as many ranks as saved it."
+        ) from error
     (output.parent / "latest_universal").unlink(missing_ok=True)  # which it writes beside, and nobody reads
     if done.returncode:
         shutil.rmtree(output, ignore_errors=True)

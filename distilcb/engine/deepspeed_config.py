@@ -124,6 +124,21 @@ def check_sections(settings: dict[str, Any]) -> None:
         raise ConfigError("\n  ".join(["DeepSpeed file:", *faults]))
 
 
+def state_layout(settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides how optimizer states lie in a checkpoint and how gradients are summed.
+
+    A run that goes on with another `round_robin_gradients` gets its moments in another order, without an error.
+    """
+    zero, sums = _section(settings, "zero_optimization"), _section(settings, "data_types")
+    return {
+        "round_robin_gradients": bool(zero.get("round_robin_gradients", False)),
+        "parameter_alignment": zero.get("parameter_alignment"),
+        "elastic_checkpoint": bool(zero.get("elastic_checkpoint", False)),
+        "grad_accum_dtype": sums.get("grad_accum_dtype", "fp32"),
+        "communication_data_type": settings.get("communication_data_type"),
+    }
+
+
 def precision(settings: dict[str, Any]) -> str:
     """'fp16', 'bf16' or 'fp32'."""
     for name in ("fp16", "bf16"):

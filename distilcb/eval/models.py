@@ -19,6 +19,7 @@ from distilcb.distributed import device
 from distilcb.errors import ConfigError, DataError, writing
 from distilcb.eval.masked_lm import Figures, evaluate
 from distilcb.eval.report import as_markdown, heldout_rows
+from distilcb.hub import model_folder
 from distilcb.launcher import World
 from distilcb.models.families import family_of
 from distilcb.models.loading import load_masked_lm
@@ -46,12 +47,14 @@ def evaluate_models(
 
     Raises:
         ConfigError: a name given twice, two tokenizers, or blocks longer than a model's positions.
-        DataError, ModelError: what cannot be read.
+        DataError, ModelError: what is not there or cannot be read.
     """
     if maskings < 2:
         raise ConfigError(f"maskings={maskings}: a standard error needs 2 or more.")
     if len(set(models)) != len(models):
         raise ConfigError(f"{', '.join(models)}: a model is named twice.")
+    for name in [*models, *([teacher] if teacher else [])]:
+        model_folder(name, weights=False)  # a name that is not there is a model's, not a tokenizer's
     tokenizer = TextTokenizer(teacher or models[0])
     for name in models:
         if TextTokenizer(name).vocabulary.fingerprint != tokenizer.vocabulary.fingerprint:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -126,6 +127,10 @@ class RunWriter:
         """Bring every curve to disk."""
         self._board.flush()
 
+    def sync(self) -> None:
+        """Bring every line to disk: a checkpoint that outlives a power failure must not be ahead of them."""
+        os.fsync(self._lines.fileno())
+
     def _write_line(self, record: dict[str, Any]) -> None:
         self._lines.write(json.dumps(record) + "\n")
         self._lines.flush()
@@ -144,5 +149,8 @@ def _keep_lines_up_to(path: Path, step: int, *, and_evaluation: bool) -> None:
         if record["step"] < step or (record["step"] == step and (and_evaluation or "loss" in record)):
             kept.append(line)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.writelines(f"{line}\n" for line in kept)
+        stream.flush()
+        os.fsync(stream.fileno())
     temporary.replace(path)

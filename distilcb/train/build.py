@@ -151,6 +151,7 @@ def build(command: CommandLine) -> Run | None:
     train_blocks, heldout_blocks = _open_text(config, models.tokenizer, place.world)
     text = _contents(train_blocks, heldout_blocks)
     facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text}
+    facts["deepspeed"] = deepspeed_config.state_layout(place.settings)
     checkpoints, newest = _begin(command, place, folder, state, models, facts)
     universal = newest is not None and newest.world_size != place.world.size
     engine, stepper, micro_batches, counts = wire_stepper(config, place, models, train_blocks, load_universal=universal)
@@ -176,9 +177,12 @@ def build(command: CommandLine) -> Run | None:
 
 def watched(place: Place, folder: RunFolder, config: Config) -> tuple[StopRequest, Watchdog]:
     """What asks a run to stop, and what sees that its ranks move; on every rank together."""
-    store = distributed.open_store(place.world, timeout_seconds=_STORE_SECONDS)
-    watchdog = Watchdog(place.world, store, stall_minutes=config.train.stall_minutes)
-    return StopRequest(place.world, store, folder.path), watchdog
+
+    def connection() -> Any:
+        return distributed.open_store(place.world, timeout_seconds=_STORE_SECONDS)
+
+    watchdog = Watchdog(place.world, connection(), stall_minutes=config.train.stall_minutes)
+    return StopRequest(place.world, connection(), folder.path), watchdog
 
 
 def _begin(
@@ -195,7 +199,7 @@ def _begin(
         return checkpoints, None
     on_main(checkpoints.remove_leftovers)  # a save that filled the disk may have left what it wrote
     on_main(lambda: check_free_disk(folder.path, parameters=parameters, keep=keep))
-    return checkpoints, on_main(checkpoints.newest)
+    return checkpoints, on_main(checkpoints.newest_or_none_at_all)
 
 
 def take_place(command: CommandLine) -> Place:

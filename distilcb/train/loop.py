@@ -11,7 +11,7 @@ import torch
 
 from distilcb.config import flatten, to_plain
 from distilcb.data.loader import HeldoutBatches
-from distilcb.distributed import all_reduce_sum, is_lost_connection, on_main
+from distilcb.distributed import all_reduce_sum, barrier, is_lost_connection, on_main
 from distilcb.engine.stepper import StepResult
 from distilcb.errors import TrainingError, UserError
 from distilcb.eval.fill_mask import as_lines, fill_masks
@@ -37,6 +37,7 @@ def train(run: Run) -> None:
         TrainingError: on every rank, where one is lost, stands still or computes what is not finite.
     """
     with ExitStack() as stack:
+        barrier()  # whoever reads its checkpoint for a minute longer than rank zero is not silent
         run.watchdog.start()
         stack.callback(run.watchdog.stop)
         run.stop.listen()
@@ -58,8 +59,9 @@ def train(run: Run) -> None:
             raise
     if reason:
         log.info(
-            "stopped after step %d of %d (%s). The same command goes on from there.",
+            "stopped after step %d of %d (%s). %s goes on from there.",
             *(run.progress.step, run.config.train.steps, reason),
+            "With that file removed the same command" if run.folder.stop.exists() else "The same command",
         )
 
 
@@ -89,7 +91,7 @@ def _take_steps(run: Run, writer: RunWriter | None) -> str | None:
             if progress.owes_evaluation:
                 reason = run.stop.agreed_now()
         if saving or reason:
-            window.pause(_timed(_save, run, window))
+            window.pause(_timed(_save, run, writer, window))
         if reason:
             return reason
         if writer:
@@ -215,7 +217,7 @@ def _write_samples(run: Run, writer: RunWriter) -> list[str]:
     return lines
 
 
-def _save(run: Run, window: Window) -> None:
+def _save(run: Run, writer: RunWriter | None, window: Window) -> None:
     run.stepper.refuse_non_finite()
     at(Place.SAVING)
     progress, world = run.progress, run.place.world
@@ -224,6 +226,8 @@ def _save(run: Run, window: Window) -> None:
     open_window = window.state(all_reduce_sum(rows).tolist()) if window.steps else None
     state = {"seconds": progress.seconds, "heldout": progress.heldout}
     state |= {"owes_evaluation": progress.owes_evaluation, "window": open_window}
+    if writer:
+        writer.sync()
     run.checkpoints.save(run.engine, step=progress.step, world_size=world.size, state=state)
 
 

@@ -43,7 +43,7 @@ def preflight(world: World, command: CommandLine, settings: dict[str, Any]) -> i
     started = time.perf_counter()
     ranks = gather_objects(_facts(command, settings))
     hosts = Counter(facts["host"] for facts in ranks)
-    faults = [*disagreements(ranks), *layout_faults(world, hosts, os.environ)]
+    faults = [*disagreements(ranks), *layout_faults(world, hosts, ranks[0]["gpus"])]
     if wrong := wrong_sums(world):
         faults.append(wrong)
     if len(hosts) > 1 and not faults:
@@ -57,7 +57,8 @@ def preflight(world: World, command: CommandLine, settings: dict[str, Any]) -> i
         log.warning("Slurm gave GPUs to this job, but torch %s uses none: training on the CPU", torch.__version__)
     if world.size > 1:
         log.info(
-            "preflight: %d ranks on %d machines agree (%.1f s)", world.size, len(hosts), time.perf_counter() - started
+            "preflight: %d ranks on %d machine(s) agree (%.1f s)",
+            *(world.size, len(hosts), time.perf_counter() - started),
         )
     return len(hosts)
 
@@ -82,13 +83,16 @@ def disagreements(ranks: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def layout_faults(world: World, hosts: Mapping[str, int], environ: Mapping[str, str]) -> list[str]:
-    """What is wrong with how many ranks each machine has."""
+def layout_faults(world: World, hosts: Mapping[str, int], gpus: str) -> list[str]:
+    """What is wrong with how many ranks each machine has.
+
+    Args:
+        gpus: of a node, as Slurm says to rank zero; the same on every rank, so that all find the same.
+    """
     if len(set(hosts.values())) > 1:
         counts = ", ".join(f"{host} {count}" for host, count in sorted(hosts.items())[:8])
         return [f"machines have different numbers of ranks ({counts}): ask for --nodes=N --ntasks-per-node=M"]
     per_host = next(iter(hosts.values()))
-    gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if world.source == "srun" and gpus.isdecimal() and int(gpus) > per_host:
         return [
             f"{per_host} task(s) and {gpus} GPUs a node: {int(gpus) - per_host} of them would idle. Ask for one task a "
@@ -150,6 +154,7 @@ def _facts(command: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "device": device_name(),
+        "gpus": os.environ.get("SLURM_GPUS_ON_NODE", ""),
         "same": {
             **versions(),
             "the resolved recipe": _digest(to_plain(command.config)),

@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from distilcb.command_line import CommandLine
 from distilcb.config import REPOSITORY, Config, differences, flatten, to_plain
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import CheckpointError, writing
-from distilcb.launcher import is_later_slice
+from distilcb.launcher import is_later_slice, slurm_job
 from distilcb.machine import uses_cuda
 from distilcb.preemption import STOP
 from distilcb.train.run_lock import RunLock, refuse_if_held
@@ -80,14 +81,15 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file, needed a folder. Give another --run_dir.")
-        if not self.path.exists() or not any(self.path.iterdir()):
+        # Hidden files are what a first start has left that was killed while it made the folder.
+        if not self.path.exists() or all(path.name.startswith(".") for path in self.path.iterdir()):
             return RunState.NEW
         if not self.config.is_file():
             raise CheckpointError(
                 f"{self.path} holds files but no config.yaml, so it is no run folder. Give another --run_dir."
             )
         refuse_if_held(self.path)
-        if command.fresh and not is_later_slice(os.environ):
+        if command.fresh and not self._was_begun_by_this_job():
             return RunState.NEW
         changed = self.changed_settings(command.config)
         if changed:
@@ -113,12 +115,23 @@ class RunFolder:
         if state is RunState.RESUMED:
             changed = self.changed_facts(facts)
             if changed:
-                raise self._other("text or precision", changed)
+                raise self._other("text, teacher or DeepSpeed file", changed)
         with writing(self.path, CheckpointError, "Give a --run_dir that can be written to."):
-            if state is RunState.NEW:
-                self._make(command, provenance, facts)
-            self._lock = RunLock(self.path)
-            self._lock.acquire()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            guard = FileLock(self.path.with_name(f".{self.path.name}.guard"))
+            with guard:  # of two first starts at a time the second finds the folder taken
+                try:
+                    if state is RunState.NEW:
+                        refuse_if_held(self.path)
+                        self._make(command, provenance, facts)
+                    self._lock = RunLock(self.path)
+                    self._lock.acquire()
+                finally:
+                    Path(guard.lock_file).unlink(missing_ok=True)
+
+    def _was_begun_by_this_job(self) -> bool:
+        """Whether an earlier slice of this Slurm job has made the folder."""
+        return is_later_slice(os.environ) and self.provenance().get("slurm_job") == slurm_job(os.environ)
 
     def leave(self) -> None:
         """Let other processes into the folder."""
@@ -126,7 +139,9 @@ class RunFolder:
             self._lock.release()
 
     def _make(self, command: CommandLine, provenance: dict[str, Any], facts: dict[str, Any]) -> None:
-        if self.path.exists() and any(self.path.iterdir()):
+        if self.config.exists():
+            if not command.fresh:
+                raise CheckpointError(f"{self.path} was begun by another start meanwhile: the same command goes on.")
             aside = self.path.with_name(f"{self.path.name}.{time.strftime('%Y%m%d-%H%M%S')}")
             self.path.rename(aside)
             log.info("--fresh: the run that was there is now %s", aside)
@@ -184,6 +199,9 @@ def _difference(name: str, before: Any, now: Any) -> list[str]:
     if name == "text":
         before = before if isinstance(before, dict) else {}
         return [f"data.{part}: other text than it was begun with" for part in now if before.get(part) != now[part]]
+    if name == "deepspeed":
+        before = before if isinstance(before, dict) else {}
+        return [f"DeepSpeed file, {n}: {before.get(n)} -> {v}" for n, v in now.items() if before.get(n) != v]
     if name == "teacher":
         return ["teacher.model: another model than it was begun with"]
     return [f"{name}: {before} -> {now}"]
@@ -200,6 +218,7 @@ def provenance(command: CommandLine, world_size: int) -> dict[str, Any]:
         "host": platform.node(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "world_size": world_size,
+        "slurm_job": slurm_job(os.environ),
     }
 
 

@@ -1,16 +1,18 @@
 """One process at a time in a run folder: a file that says who is there, and is kept fresh while it is.
 
 A lock is left over where its process is gone from this machine, where it belongs to an earlier start of this same Slurm
-job or to a job that Slurm says is not running, or where nobody has freshened it for a while (of a process on another
-machine nothing else can be known).
+job or to a job that Slurm says is not running, or where Slurm says nothing and nobody has freshened it for a while: of
+a process on another machine nothing else can be known.
 """
 
 import json
 import os
 import platform
 import subprocess
+import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ LOCK = ".lock"
 _FRESHEN_EVERY_SECONDS = 20.0
 _LEFT_OVER_AFTER_SECONDS = 300.0
 _SQUEUE_SECONDS = 20.0
+_ENDING_IS_LOOKED_AT_EVERY_SECONDS = 5.0
 _ON_NODES = {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT"}
 
 
@@ -31,6 +34,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOCK
+        self._written = ""
         self._released = threading.Event()
 
     def acquire(self) -> None:
@@ -41,7 +45,8 @@ class RunLock:
         """
         with FileLock(self.path.with_name(f"{LOCK}.guard")):  # of two that find one left over, the first takes it
             refuse_if_held(self.path.parent)
-            self.path.write_text(json.dumps(_who_we_are()), encoding="utf-8")
+            self._written = json.dumps(_who_we_are())
+            self.path.write_text(self._written, encoding="utf-8")
         at_exit(self.release)
         threading.Thread(target=self._keep_fresh, daemon=True, name="run lock").start()
 
@@ -49,21 +54,39 @@ class RunLock:
         """Leave the folder to others; a second time does nothing."""
         if not self._released.is_set():
             self._released.set()
-            self.path.unlink(missing_ok=True)
-            self.path.with_name(f"{LOCK}.guard").unlink(missing_ok=True)
+            with suppress(OSError):
+                if self.path.read_text(encoding="utf-8") == self._written:
+                    self.path.unlink(missing_ok=True)
+                    self.path.with_name(f"{LOCK}.guard").unlink(missing_ok=True)
 
     def _keep_fresh(self) -> None:
         while not self._released.wait(_FRESHEN_EVERY_SECONDS):
             try:
+                if self.path.read_text(encoding="utf-8") != self._written:
+                    self._end_as_another_has_it()
                 os.utime(self.path)
-            except OSError:
+            except FileNotFoundError:
                 return  # the folder was moved or deleted: nothing left to guard
+            except OSError:
+                continue  # a network file system may come back
+
+    def _end_as_another_has_it(self) -> None:
+        """This process stood still for so long that its folder was taken over: whatever it writes now does harm."""
+        who = _read(self.path) or {}
+        print(
+            f"\nTrainingError: {self.path.parent} was taken over by process {who.get('pid', '?')} on "
+            f"{who.get('host', '?')} while this one stood still: it ends here.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 def refuse_if_held(folder: Path) -> None:
     """Raise CheckpointError where a process trains in the folder."""
     path = folder / LOCK
     holder = _read(path)
+    _wait_while_ending(holder)
     if holder is not None and _is_there(path, holder):
         raise _held(path, holder)
 
@@ -94,16 +117,27 @@ def _is_there(path: Path, holder: dict[str, Any]) -> bool:
         return holder.get("pid") != os.getpid() and _start_of(holder.get("pid")) == holder.get("process_started")
     if holder.get("slurm_job") and holder["slurm_job"] == os.environ.get("SLURM_JOB_ID"):
         return False  # this job, before it was requeued
-    if holder.get("slurm_job") and _is_over(str(holder["slurm_job"])):
-        return False
+    states = _states_of(holder)
+    if states is not None:
+        return bool(states & _ON_NODES)
     try:
         return time.time() - path.stat().st_mtime < _LEFT_OVER_AFTER_SECONDS
     except OSError:
         return False
 
 
-def _is_over(job: str) -> bool:
-    """Whether Slurm says that a job is not on any node; False where it does not say."""
+def _wait_while_ending(holder: dict[str, Any] | None) -> None:
+    """Wait for a job that Slurm is taking from its nodes: the slice before this one, as a rule."""
+    deadline = time.monotonic() + _LEFT_OVER_AFTER_SECONDS
+    while holder and time.monotonic() < deadline and _states_of(holder) == {"COMPLETING"}:
+        time.sleep(_ENDING_IS_LOOKED_AT_EVERY_SECONDS)
+
+
+def _states_of(holder: dict[str, Any]) -> set[str] | None:
+    """What Slurm says of the job that holds a lock, nothing where it is over; None where Slurm does not say."""
+    job = str(holder.get("slurm_job") or "")
+    if not job or job == os.environ.get("SLURM_JOB_ID"):
+        return None
     try:
         done = subprocess.run(
             ["squeue", "--noheader", "--jobs", job, "--format=%T"],
@@ -113,10 +147,10 @@ def _is_over(job: str) -> bool:
             timeout=_SQUEUE_SECONDS,
         )
     except (OSError, subprocess.SubprocessError):  # no squeue in a container, or a controller that is busy
-        return False
+        return None
     if done.returncode:
-        return "Invalid job id" in done.stderr  # ended long ago
-    return not set(done.stdout.split()) & _ON_NODES
+        return set() if "Invalid job id" in done.stderr else None  # ended long ago
+    return set(done.stdout.split())
 
 
 def _start_of(pid: Any) -> str | None:

@@ -27,11 +27,13 @@ MODEL, SHARD = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_optim_st
 class StandIn:
     """Writes files where DeepSpeed's engine would, without an engine."""
 
+    shards: tuple[str, ...] = ("zero_pp_rank_0_mp_rank_00_optim_states.pt", SHARD)
+
     def save_checkpoint(self, folder: str, *, tag: str, client_state: dict[str, Any], save_latest: bool) -> None:
         assert not save_latest  # DeepSpeed writes it before the files are safe
         path = Path(folder) / tag
         path.mkdir(parents=True)
-        for name in (MODEL, SHARD):
+        for name in (MODEL, *self.shards):
             (path / name).write_text(f"{name} after step {client_state['step']}")
 
 
@@ -186,6 +188,32 @@ def test_latest_is_for_readers_and_its_absence_changes_nothing(tmp_path):
 def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
     assert newest(tmp_path) is None
     assert newest(tmp_path / "missing") is None
+
+
+def test_where_no_checkpoint_can_be_used_a_run_does_not_begin_anew_over_them(tmp_path, warnings):
+    assert Checkpoints(tmp_path, keep=2).newest_or_none_at_all() is None
+    for step in (1, 2):
+        save(tmp_path, step)
+        (tmp_path / f"step_{step:08d}" / MODEL).write_text("something else")
+    with pytest.raises(CheckpointError, match=r"of its 2 checkpoint\(s\) none can be used"):
+        Checkpoints(tmp_path, keep=2).newest_or_none_at_all()
+    assert len(warnings) == 2
+
+
+def test_a_save_whose_shards_rank_zero_does_not_all_see_is_not_complete(tmp_path):
+    save(tmp_path, 1)
+    lacking = StandIn()
+    lacking.shards = (SHARD,)
+    with pytest.raises(CheckpointError, match="1 shards of 2 ranks are seen"):
+        save(tmp_path, 2, engine=lacking)
+    assert newest_step(tmp_path) == 1
+
+
+def test_a_conversion_that_takes_too_long_is_ended_before_the_other_ranks_give_up(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint_module, "_CONVERTED_WITHIN_SECONDS", 0.01)
+    with pytest.raises(CheckpointError, match=r"not converted .* within 0 s"):
+        Checkpoints(tmp_path, keep=2).load(None, Checkpoints(tmp_path, keep=2).of_step(1), world_size=1)
 
 
 def test_a_checkpoint_that_cannot_be_converted_for_other_ranks_says_so_and_stays(tmp_path):

@@ -69,7 +69,9 @@ def test_models_of_different_tokenizers_are_refused(commands, tmp_path, finished
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["nowhere"], "nowhere"),
+        (["nowhere"], "model nowhere: there is no such folder"),
+        (["runs/mini/studnet"], "model folder runs/mini/studnet does not exist"),
+        ([TEACHER, "--teacher", "./nowhere"], "model folder ./nowhere does not exist"),
         ([TEACHER, TEACHER], "named twice"),
         ([TEACHER, "--maskings", "1"], "needs 2 or more"),
         ([TEACHER, "--seq_len", "4000"], "has positions for"),

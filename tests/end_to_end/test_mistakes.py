@@ -22,7 +22,7 @@ NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": "/nonexistent/hub"
 
 SETTINGS = {
     "an option that is none": (["--optim.learning_rate", "1"], ["--optim.learning_rate", "optim has name", "lr"]),
-    "a misspelt option": (["--train.setps", "1"], ["--train.setps", "did you mean train.steps?"]),
+    "a misspelt option": (["--train.setps", "1"], ["--train.setps", "did you mean --train.steps?"]),
     "an option of no section": (["--lr", "1"], ["unknown option --lr", "optim.lr"]),
     "a value that is none": (["--optim.lr", "fast"], ["optim.lr"]),
     "several at once": (["--optim.lr", "-1", "--data.seq_len", "2"], ["2 faults", "optim.lr", "data.seq_len"]),

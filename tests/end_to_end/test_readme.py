@@ -68,8 +68,8 @@ def test_every_command_of_the_readme_runs(folder):
         elif program == "launch/prepare.py":
             run(words, folder)
             assert json.loads((folder / "blocks" / "description.json").read_text())["blocks"] > 0
-        elif program == "sbatch":
-            assert_batch_file_takes(words)
+        elif program in ("sbatch", "hf"):
+            assert_understood(words)
         elif program == "launch/replay.py":
             assert "equal to the last bit" in run([*words, "--step", "2"], folder)
         elif program == "make":
@@ -78,15 +78,31 @@ def test_every_command_of_the_readme_runs(folder):
             assert_tensorboard_serves(words, folder)
         else:
             raise AssertionError(f"README has a command that nothing tests: {line}")
-    assert seen == {"make", "launch/train.py", "launch/prepare.py", "launch/replay.py", "sbatch", "tensorboard"}
+    assert seen == {"make", "launch/train.py", "launch/prepare.py", "launch/replay.py", "sbatch", "tensorboard", "hf"}
 
 
-def assert_batch_file_takes(words):
-    """The jobs themselves are run by tests/slurm."""
-    place = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
-    assert words[place] == "slurm/distill.sbatch"
-    assert (REPOSITORY / words[place]).is_file()
-    parse_command_line(words[place + 1 :])
+def assert_understood(words):
+    """That a command which needs a cluster or a network has the options it is given; tests/slurm runs the jobs."""
+    program = next((word for word in words if word.endswith((".sbatch", ".py"))), words[0])
+    place = words.index(program) + 1
+    if program.endswith(".sbatch"):
+        assert (REPOSITORY / program).is_file()
+        program = f"launch/{STARTED_BY[program]}.py"
+    if program == "launch/train.py":
+        parse_command_line(words[place:])
+        return
+    own = Path(sys.executable).parent
+    helped = [own / "hf", words[1], "--help"] if program == "hf" else [sys.executable, REPOSITORY / program, "--help"]
+    told = subprocess.run(helped, capture_output=True, text=True, check=True).stdout
+    assert [word for word in words[place:] if word.startswith("--") and word not in told] == []
+
+
+STARTED_BY = {
+    "slurm/distill.sbatch": "train",
+    "slurm/prepare.sbatch": "prepare",
+    "slurm/evaluate.sbatch": "evaluate",
+    "slurm/doctor.sbatch": "doctor",
+}
 
 
 def assert_tensorboard_serves(words, folder):
@@ -159,10 +175,38 @@ def test_every_batch_file_is_a_script_that_the_page_on_slurm_names():
         assert "job.sh" in path.read_text(encoding="utf-8")
 
 
-def test_every_file_that_the_readme_links_to_exists():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert len(links) > 3
-    assert [link for link in links if not (REPOSITORY / link).exists()] == []
+def test_the_page_on_slurm_and_the_readme_use_options_that_are_there(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    fenced = re.findall(r"```bash\n(.*?)```", README + SLURM_PAGE, flags=re.DOTALL)
+    lines = [shlex.split(line) for block in fenced for line in block.splitlines()]
+    lines = [words for words in lines if words and words[0] in ("sbatch", "hf")]
+    for words in lines:
+        assert_understood(words)
+    submitted = {word for words in lines for word in words if word.endswith(".sbatch")}
+    assert submitted >= {"slurm/distill.sbatch", "slurm/prepare.sbatch", "slurm/doctor.sbatch"}
+
+
+def test_what_the_real_job_is_given_is_made_by_the_lines_before_it():
+    for page in (README, SLURM_PAGE):
+        (block,) = (each for each in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "hf download" in each)
+        fetched, prepared, *_, trained = map(shlex.split, block.splitlines())
+        after = {words[i]: words[i + 1] for words in (fetched, prepared, trained) for i in range(len(words) - 1)}
+        assert after["--teacher.model"] == after["--tokenizer"] == after["--local-dir"]
+        assert after["--data.train"] == after["--output"]
+
+
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_that_a_page_links_to_exists(page):
+    links = LINK.findall(page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_links_are_found():
+    assert len(LINK.findall(README)) > 3
 
 
 def test_every_file_that_the_readme_shows_in_a_run_folder_is_written_by_a_run(folder):

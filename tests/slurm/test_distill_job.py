@@ -74,6 +74,35 @@ def test_a_run_whose_node_loses_power_is_requeued_and_ends_as_if_undisturbed(lab
     assert_same_run(run_dir, undisturbed)
 
 
+def test_a_lost_node_that_we_notice_before_slurm_does_costs_no_more_than_the_steps_since_the_last_save(
+    lab, run_dir, undisturbed
+):
+    """As on most clusters, where Slurm waits for a silent node for five minutes, and a run for one."""
+    job = lab.submit("--run_dir", run_dir, *SMALL, "--train.stall_minutes", "0.1")
+    job.wait_for_step(run_dir, 6)
+    lab.script("crash", "node2")
+    job.wait_until(lambda: job.facts()["Restarts"] == "1", "it is requeued")
+    lab.script("boot", "node2")
+    facts = job.ended()
+    assert facts["JobState"] == "COMPLETED", job.said()
+    assert "a node does not answer" in job.said()
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_a_preempted_run_saves_in_its_time_of_grace_and_goes_on_when_the_nodes_are_free(lab, run_dir, undisturbed):
+    job = lab.submit("--run_dir", run_dir, *SMALL)
+    job.wait_for_step(run_dir, 3)
+    all_of_it = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={lab.shared}/urgent.out")
+    urgent = lab.run("sbatch", "--parsable", *all_of_it, "--wrap", "sleep 2").stdout.strip()
+    job.wait_until(lambda: job.facts()["Restarts"] == "1", "it is requeued")
+    assert "stopped after step" in job.said()
+    assert lab.script("wait", urgent, "60").returncode == 0
+    facts = job.ended()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.said()
+    assert "resuming from" in job.said()
+    assert_same_run(run_dir, undisturbed)
+
+
 def test_an_array_chains_slices_and_those_after_the_last_step_do_nothing(lab, run_dir, undisturbed):
     chain = lab.submit("--run_dir", run_dir, "--fresh", *SMALL, options=(*ONE_RANK_A_NODE, "--array=1-4%1"))
     chain.wait_until(lambda: len(curve(run_dir)) >= 1, "the first slice trains")

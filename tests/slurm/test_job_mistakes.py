@@ -20,13 +20,22 @@ def refusal(job):
 
 def test_an_option_that_does_not_exist_is_told_before_any_rank_starts(lab, run_dir):
     job = lab.submit("--run_dir", run_dir, "--optim.lrr", "1")
-    assert "did you mean optim.lr?" in refusal(job)
+    assert "did you mean --optim.lr?" in refusal(job)
     assert "srun ended" not in job.said()
 
 
 def test_a_site_file_that_is_missing_is_named(lab):
     job = lab.submit(environ={"DISTILCB_SITE": "/nowhere/site.sh"})
     assert "DISTILCB_SITE=/nowhere/site.sh is not there. Copy slurm/site.sh.example" in refusal(job)
+
+
+def test_a_job_that_is_warned_before_it_begins_is_not_requeued_over_and_over(lab, run_dir):
+    """As one whose --time is no longer than the warning before its end."""
+    site = lab.shared / "warned.sh"
+    site.write_text("kill -USR1 $$\n")
+    job = lab.submit("--run_dir", run_dir, *SMALL, environ={"DISTILCB_SITE": str(site)})
+    assert "the time limit is near before training has begun. Ask for a --time" in refusal(job)
+    assert not run_dir.exists()
 
 
 def test_a_job_submitted_from_elsewhere_is_told_from_where(lab):

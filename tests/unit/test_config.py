@@ -254,7 +254,7 @@ def misspelled(name):
 def test_a_misspelled_option_names_the_one_that_was_meant(recipe):
     told = faults_of(lambda: parse_command_line([*recipe(), *(f"--{misspelled(name)}=1" for name in SETTINGS)]))
     for name in SETTINGS:
-        assert f"unknown option --{misspelled(name)}: did you mean {name}?" in told
+        assert f"unknown option --{misspelled(name)}: did you mean --{name}?" in told
 
 
 def test_a_misspelled_key_of_a_recipe_names_the_one_that_was_meant():
@@ -279,7 +279,9 @@ def test_a_misspelled_section_names_the_one_that_was_meant(section, meant):
     assert f"did you mean {meant}?" in faults_of(lambda: validate({section: {"lr": 1}}))
 
 
-@pytest.mark.parametrize(("word", "meant"), [("--dryrun", "dry_run"), ("--lr", "optim.lr"), ("--rundir=x", "run_dir")])
+@pytest.mark.parametrize(
+    ("word", "meant"), [("--dryrun", "--dry_run"), ("--lr", "--optim.lr"), ("--rundir=x", "--run_dir")]
+)
 def test_misspelled_options_of_the_start_are_unknown_too(recipe, word, meant):
     assert f"did you mean {meant}?" in faults_of(lambda: parse_command_line([*recipe(), word]))
 
@@ -532,13 +534,37 @@ def test_sizes_that_do_not_divide_name_the_nearest_that_do():
         told = faults_of(lambda optim=optim, ranks=ranks: accumulation_steps(optim, ranks))
         assert f"optim.global_batch={optim.global_batch}" in told
         assert f"optim.micro_batch={optim.micro_batch}" in told
-        named = [int(size) for size in re.findall(r"\d+", told.split("Use")[1])]
+        named = [int(size) for size in re.findall(r"\d+", told.split("--optim.global_batch")[1])]
         # those within one pass of what was asked, on either side, and no batch of 0
         near = [n for n in range(1, 1000) if n % per_pass == 0 and abs(n - optim.global_batch) < per_pass]
         assert named == near
         for size in named:
             assert accumulation_steps(dataclasses.replace(optim, global_batch=size), ranks) * per_pass == size
     assert refused > 100
+
+
+def test_a_batch_that_does_not_divide_names_first_the_micro_batch_that_fits():
+    """A run that goes on may change it, and not the global batch."""
+    told = faults_of(lambda: accumulation_steps(OptimConfig(global_batch=24, micro_batch=8), 2))
+    assert told.endswith("Use --optim.micro_batch 6; in a new run also --optim.global_batch 16 or 32.")
+    draw = random.Random(1)
+    fitted = 0
+    for _ in range(300):
+        optim = OptimConfig(global_batch=draw.randint(1, 400), micro_batch=draw.randint(1, 20))
+        ranks = draw.randint(1, 12)
+        if optim.global_batch % (ranks * optim.micro_batch) == 0:
+            continue
+        told = faults_of(lambda optim=optim, ranks=ranks: accumulation_steps(optim, ranks))
+        fits = [size for size in range(1, optim.micro_batch) if optim.global_batch % (ranks * size) == 0]
+        if not fits:
+            assert "--optim.micro_batch" not in told
+            assert "a run that goes on needs another number of ranks" in told
+            continue
+        fitted += 1
+        assert f"Use --optim.micro_batch {fits[-1]};" in told
+        again = dataclasses.replace(optim, micro_batch=fits[-1])
+        assert accumulation_steps(again, ranks) * fits[-1] * ranks == optim.global_batch
+    assert fitted > 20
 
 
 def test_prepared_text_is_cached_where_asked_else_in_the_users_cache(monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 from torch.distributed import HashStore
@@ -14,9 +15,9 @@ from distilcb.preemption import STOP_FILE_VARIABLE, StopRequest, ignore_in_helpe
 @pytest.fixture
 def requests(tmp_path, monkeypatch):
     """A request object for each rank, over one store; files are looked at each time."""
-    monkeypatch.setattr("distilcb.preemption._LOOK_EVERY_SECONDS", -1.0)
 
-    def on(ranks, **environ):
+    def on(ranks, *, look_every=-1.0, **environ):
+        monkeypatch.setattr("distilcb.preemption._LOOK_EVERY_SECONDS", look_every)
         store = HashStore()
         worlds = [World("env", rank, ranks, rank, ranks, "127.0.0.1", 1) for rank in range(ranks)]
         return [StopRequest(world, store, tmp_path, environ) for world in worlds]
@@ -102,6 +103,33 @@ def test_what_one_rank_hears_in_an_evaluation_the_others_hear(requests, tmp_path
     assert not two.heard()  # only rank zero looks at files
     assert one.heard()
     assert two.heard()
+
+
+def test_rank_zero_hears_the_others_though_it_looks_for_files_as_well(requests, handlers):
+    one, two = requests(2, look_every=0.05)
+    two.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert two.heard()
+    deadline = time.monotonic() + 10
+    while not one.heard() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert one.heard()
+
+
+def test_what_is_heard_is_known_to_rank_zero_by_then(requests, handlers, monkeypatch):
+    """A signal that comes between the two halves of `heard` is heard by the next call, not by this one alone."""
+    one, two = requests(2)
+    pass_on = two._pass_on
+
+    def pass_on_and_be_signalled():
+        pass_on()
+        two._hear(signal.SIGTERM, None)
+
+    monkeypatch.setattr(two, "_pass_on", pass_on_and_be_signalled)
+    assert not two.heard()
+    monkeypatch.setattr(two, "_pass_on", pass_on)
+    assert two.heard()
+    assert one._asked_anywhere() == "rank 1: SIGTERM came"
 
 
 def test_a_helper_lives_on_when_every_process_of_the_step_is_signalled(handlers):

@@ -48,14 +48,14 @@ def test_every_disagreement_is_told_and_many_ranks_are_counted():
 
 
 def test_machines_with_different_numbers_of_ranks_are_refused():
-    (fault,) = layout_faults(srun(3), {"node1": 2, "node2": 1}, {})
+    (fault,) = layout_faults(srun(3), {"node1": 2, "node2": 1}, "")
     assert "node1 2, node2 1" in fault
     assert "--ntasks-per-node" in fault
 
 
 @pytest.mark.parametrize(("gpus", "fault"), [("4", True), ("2", False), ("", False)])
 def test_gpus_that_would_idle_are_told_with_the_header_that_uses_them(gpus, fault):
-    found = layout_faults(srun(4), {"node1": 2, "node2": 2}, {"SLURM_GPUS_ON_NODE": gpus})
+    found = layout_faults(srun(4), {"node1": 2, "node2": 2}, gpus)
     assert bool(found) == fault
     if fault:
         assert "2 of them would idle" in found[0]
@@ -64,7 +64,7 @@ def test_gpus_that_would_idle_are_told_with_the_header_that_uses_them(gpus, faul
 
 def test_somebody_who_starts_one_process_by_hand_may_use_one_gpu_of_many():
     world = World("single", 0, 1, 0, 1, "127.0.0.1", 1)
-    assert layout_faults(world, {"node1": 1}, {"SLURM_GPUS_ON_NODE": "4"}) == []
+    assert layout_faults(world, {"node1": 1}, "4") == []
 
 
 @pytest.fixture

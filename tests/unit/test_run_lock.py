@@ -93,7 +93,7 @@ def test_a_requeued_job_takes_over_its_own_lock_and_no_other_does(tmp_path, else
     ("says", "free"),
     [
         ("echo RUNNING", False),
-        ("echo COMPLETING", False),
+        ("echo SUSPENDED", False),
         ("echo PENDING", True),
         ("true", True),
         ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", True),
@@ -106,12 +106,39 @@ def test_a_job_that_slurm_says_is_not_running_keeps_nobody_out(tmp_path, elsewhe
     (tools / "squeue").write_text(f'#!/bin/sh\n[ "$*" = "--noheader --jobs 42 --format=%T" ] || exit 9\n{says}\n')
     (tools / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
-    elsewhere(slurm_job="42")
+    # Slurm is believed whatever the lock's age; where it says nothing a fresh one counts.
+    elsewhere(slurm_job="42", seconds_ago=0 if "controller" in says else 1000)
     if free:
         refuse_if_held(tmp_path)
     else:
         with pytest.raises(CheckpointError, match="Slurm job 42"):
             refuse_if_held(tmp_path)
+
+
+def test_a_job_that_slurm_is_taking_from_its_nodes_is_waited_for(tmp_path, elsewhere, monkeypatch):
+    monkeypatch.setattr(run_lock, "_ENDING_IS_LOOKED_AT_EVERY_SECONDS", 0.01)
+    answers = iter([{"COMPLETING"}] * 3 + [set()] * 3)
+    monkeypatch.setattr(run_lock, "_states_of", lambda _: next(answers))
+    elsewhere(slurm_job="42")
+    refuse_if_held(tmp_path)
+    assert len(list(answers)) < 3
+
+
+def test_a_process_whose_folder_was_taken_over_ends_and_leaves_the_new_lock(tmp_path, elsewhere, monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr(run_lock, "_FRESHEN_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    elsewhere(seconds_ago=0)
+    taken = lock.path.read_text()
+    deadline = time.monotonic() + 20
+    while not ended and time.monotonic() < deadline:
+        time.sleep(0.02)
+    lock.release()
+    assert ended[0] == 1
+    assert lock.path.read_text() == taken
+    assert "was taken over by process 7 on another" in capfd.readouterr().err
 
 
 def test_a_lock_that_cannot_be_read_keeps_others_out_for_a_while(tmp_path):

@@ -152,3 +152,27 @@ def test_a_folder_of_one_machine_is_recognised(text):
 @pytest.mark.parametrize("text", ["https://example.org/home/", "docs/work/x", "$HOME/work", "{home}/work", "/workers"])
 def test_other_folders_are_not(text):
     assert not ONE_MACHINE.search(text)
+
+
+# What README's and docs' lines make where they are given in the repository's folder.
+MADE_BY_DOCUMENTED_LINES = [
+    *("distill-22.out", "distill-22_1.out", "slurm/doctor-7.out", "doctor.json", "step_20.json", "runs/mini/DONE"),
+    *("blocks/description.json", "heldout_blocks/description.json", "models/camembert-base/config.json"),
+    *("early_student/config.json", "figures/results.json", "results/results.md"),
+]
+
+
+def ignored_by_git(names):
+    tracked_files()  # skips where there is no checkout
+    words = ["git", "-C", str(REPOSITORY), "check-ignore", "--no-index", *names]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.split()
+
+
+def test_git_ignores_what_documented_lines_make():
+    assert ignored_by_git(MADE_BY_DOCUMENTED_LINES) == MADE_BY_DOCUMENTED_LINES
+
+
+def test_git_ignores_nothing_that_belongs_to_the_project():
+    ours = ["docs/results/torture.md", "distilcb/models/new.py", "distilcb/data/blocks.py", "benchmarks/doctor.json"]
+    tracked = [str(path.relative_to(REPOSITORY)) for path in tracked_files()]
+    assert ignored_by_git(ours + tracked) == []

@@ -7,6 +7,7 @@ import pytest
 from torch.distributed import HashStore
 
 from distilcb import watchdog
+from distilcb.errors import RankZeroLostError
 from distilcb.launcher import World
 from distilcb.watchdog import Place, Sight, Watchdog, at, judge
 
@@ -71,6 +72,7 @@ def test_many_culprits_are_counted_rather_than_listed():
 def dogs(monkeypatch):
     """Watchdogs of two ranks in one process, fast, over one store; their processes' ends are noted."""
     monkeypatch.setattr(watchdog, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(watchdog, "_LOOK_FOR_LOST_SECONDS", 0.5)
     monkeypatch.setattr(watchdog, "_VERDICT_IS_READ_WITHIN_SECONDS", 0.2)
     store, ended, made = HashStore(), {}, []
 
@@ -163,6 +165,45 @@ def test_a_lost_connection_is_told_by_who_is_gone(dogs):
     told = str(alive.lost(RuntimeError("gloo: Connection closed by peer [10.0.0.2]:4711\nmore")))
     assert told.startswith("step 8: rank 1 on node2 is gone, last seen in step 8, the backward pass.")
     assert told.endswith("(gloo: Connection closed by peer [10.0.0.2]:4711)")
+
+
+def test_a_rank_beside_leaves_the_naming_to_rank_zero_and_beats_on_meanwhile(dogs):
+    make, store, _ = dogs
+    beside = make(1)
+    beside.stall_seconds = beside.silence_seconds = 1e9
+    beside.start()
+    told = str(beside.lost(RuntimeError("gloo: Connection closed by peer")))
+    assert "another rank is gone, which rank 0 names" in told
+    assert json.loads(store.get("beat/1"))["beat"] > 3
+
+
+class Closed:
+    """A store whose process has ended."""
+
+    def check(self, _):
+        raise RuntimeError("Connection reset by peer")
+
+
+def test_where_rank_zero_itself_is_gone_another_rank_says_so(dogs):
+    make, _, _ = dogs
+    at(Place.BACKWARD, step=8)
+    error = make(1, store=Closed()).lost(RuntimeError("gloo: Connection closed by peer"))
+    assert isinstance(error, RankZeroLostError)
+    assert str(error).startswith("step 8: rank 0 at node1 is gone, and with it the place where ranks meet.")
+
+
+def test_time_in_which_rank_zero_itself_was_suspended_is_nobody_elses_silence(dogs):
+    make, store, _ = dogs
+    store.set("beat/1", json.dumps({"beat": 9, "host": "node2", "moves": 3, "step": 8, "micro": 1, "place": 3}))
+    zero = make(0)
+    assert zero._beat() is None
+    for sight in zero._sights.values():  # as if all had stood still for a minute
+        sight.heard_at -= 60
+        sight.moved_at -= 60
+    zero._judged_at -= 60
+    assert zero._beat() is None
+    zero._sights[1].heard_at -= 60
+    assert "rank 1 on node2: no sign of life" in zero._beat()
 
 
 def test_a_fault_that_a_rank_has_left_word_of_is_told_instead(dogs, capfd):
