@@ -198,10 +198,10 @@ def wait_for_parts(folder, process, count):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [("--processes=0", "--processes 0: needed 1 or more"), ("--min_characters=-3", "min_characters=-3")],
-)
-def test_options_out_of_range_are_refused(commands, tmp_path, option, message):
-    words = ("--tokenizer", TEACHER, "--output", tmp_path / "out", "--input", TEXT)
-    assert_refused(commands.python("prepare", *words, option), message)
+@pytest.mark.parametrize("program", ["prepare", "evaluate", "doctor"])
+def test_a_mistake_on_the_command_line_is_told_once_whatever_the_ranks(commands, program):
+    needed = {"prepare": ["--input", TEXT, "--tokenizer", TEACHER, "--output", "out"], "doctor": []}
+    ended = commands.deepspeed(2, program, *needed.get(program, [TEACHER, "--output", "out"]), "--ouput=x")
+    assert ended.stderr.count("unrecognized arguments: --ouput=x") == 1, ended.stderr
+    assert "usage:" not in ended.stdout + ended.stderr
+    assert_refused(ended, "ConfigError: unrecognized arguments: --ouput=x")
