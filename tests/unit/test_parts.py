@@ -5,6 +5,8 @@ import itertools
 import json
 import lzma
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -12,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from distilcb.config import REPOSITORY
 from distilcb.data.corpus import Damage, find_sources, opened, read_chunks, read_documents
 from distilcb.data.parts import Part, Stream, cut, share_out
 from distilcb.data.workers import parts_of_share
@@ -164,10 +167,37 @@ def test_rows_of_a_data_set_are_cut_into_parts(tmp_path, monkeypatch):
     assert [document for part in units for document in documents_of(part, sources)] == lines
 
 
+CUT = """
+import sys
+from distilcb.data.corpus import find_sources
+from distilcb.data.parts import cut
+print(*cut(find_sources(sys.argv[1:]), text_field="text", part_bytes=700), sep="\\n")
+"""
+
+
 def test_the_cut_depends_on_the_sources_alone(tmp_path):
-    write_lines(tmp_path / "a.txt", sentences(100))
-    assert units_of(tmp_path, 700)[1] == units_of(tmp_path, 700)[1]
-    assert all(isinstance(unit, Part) for unit in units_of(tmp_path, 700)[1])
+    """Nor on cores, ranks, the time, or Python's hashes, which differ from process to process."""
+    for folder in ("one", "other/place"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_lines(tmp_path / folder / "a.txt", sentences(100))
+        for number in range(9):
+            write_lines(tmp_path / folder / f"b{number}.txt", sentences(2, seed=number))
+        (tmp_path / folder / "c.txt.gz").write_bytes(gzip.compress(b"x\n" * 4000, mtime=0) )
+    expected = [str(unit) for unit in units_of(tmp_path / "one", 700)[1]]
+    assert len(expected) > 10
+    first_core = min(os.sched_getaffinity(0))
+    for seed, ranks in (("1", "1"), ("2", "7")):
+        environ = os.environ | {"PYTHONHASHSEED": seed, "WORLD_SIZE": ranks, "SLURM_NTASKS": ranks}
+        found = subprocess.run(
+            [sys.executable, "-c", CUT, tmp_path / "other/place"],
+            cwd=REPOSITORY,
+            env=environ,
+            preexec_fn=lambda: os.sched_setaffinity(0, {first_core}),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert found.stdout.splitlines() == expected
 
 
 @pytest.mark.parametrize("bad_line", [0, 1, 57, 99])
