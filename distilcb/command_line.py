@@ -80,9 +80,7 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def number(
-    least: float, most: float = math.inf, *, kind: Callable[[str], float] = int
-) -> Callable[[str], Any]:
+def number(least: float, most: float = math.inf, *, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
     """What reads an option's number for argparse, whose message names the option where it is none of `least` to `most`.
 
     kind: int or float; nan and infinity are none.

@@ -16,7 +16,7 @@ import zstandard
 
 from distilcb.config import REPOSITORY
 from distilcb.data.corpus import Damage, find_sources, opened, read_chunks, read_documents
-from distilcb.data.parts import Part, Stream, cut, share_out
+from distilcb.data.parts import Stream, cut, share_out
 from distilcb.data.workers import parts_of_share
 from distilcb.errors import DataError
 
@@ -182,7 +182,7 @@ def test_the_cut_depends_on_the_sources_alone(tmp_path):
         write_lines(tmp_path / folder / "a.txt", sentences(100))
         for number in range(9):
             write_lines(tmp_path / folder / f"b{number}.txt", sentences(2, seed=number))
-        (tmp_path / folder / "c.txt.gz").write_bytes(gzip.compress(b"x\n" * 4000, mtime=0) )
+        (tmp_path / folder / "c.txt.gz").write_bytes(gzip.compress(b"x\n" * 4000, mtime=0))
     expected = [str(unit) for unit in units_of(tmp_path / "one", 700)[1]]
     assert len(expected) > 10
     first_core = min(os.sched_getaffinity(0))
@@ -255,7 +255,9 @@ def test_chunks_hold_whole_lines_and_take_the_whole_file(tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("zst", zstandard.compress)])
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("zst", zstandard.compress)]
+)
 @pytest.mark.parametrize("chunk_bytes", [1, 4_000, 60_000, 1 << 20])
 def test_the_chunks_of_a_file_take_all_its_bytes_also_those_after_the_text(tmp_path, suffix, compress, chunk_bytes):
     text = os.urandom(60_000).hex("\n", 500).encode() + b"\n"
