@@ -368,14 +368,14 @@ import os, sys, time
 {before}
 from distilcb.data.crew import RanksCrew
 from distilcb.launcher import World
-crew = RanksCrew(World("env", 1, 2, 1, 2, "127.0.0.1", {port}), silence_seconds=3)
+crew = RanksCrew(World("env", 1, 2, 1, 2, "127.0.0.1", {port}), silence_seconds={silence})
 {then}
 """
 
 
-def with_rank_one(port, before, *then):
+def with_rank_one(port, before, *then, silence=3):
     """Starts rank one in a process of its own."""
-    program = RANK_ONE.format(port=port, before=before, then="\n".join(then))
+    program = RANK_ONE.format(port=port, before=before, then="\n".join(then), silence=silence)
     return subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
 
 
@@ -434,10 +434,10 @@ def test_a_rank_ends_where_rank_zero_stands_still(port, rank_zero):
 
 
 def test_a_rank_that_was_suspended_itself_goes_on(port, rank_zero):
-    one = with_rank_one(port, "", "time.sleep(9); os._exit(0)")
+    one = with_rank_one(port, "", "time.sleep(14); os._exit(0)", silence=6)
     wait_until_it_beats(port)
     os.kill(one.pid, signal.SIGSTOP)
-    time.sleep(5)
+    time.sleep(8)
     os.kill(one.pid, signal.SIGCONT)
     _, said = one.communicate(timeout=30)
     assert one.returncode == 0, said
