@@ -1,13 +1,15 @@
-"""The command line of launch/train.py: a recipe, run options, and --section.name VALUE over the recipe's settings.
+"""The command line of launch/train.py: a recipe, run options, and --section.name VALUE over the recipe's settings;
+and what the parsers of the other commands share.
 
 Imports no torch, so `--help` answers at once.
 """
 
 import argparse
 import json
+import math
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,26 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> typing.NoReturn:
         raise ConfigError(message)
+
+
+def number(least: float, most: float = math.inf, *, kind: Callable[[str], float] = int) -> Callable[[str], Any]:
+    """What reads an option's number for argparse, whose message names the option where it is none of `least` to `most`.
+
+    kind: int or float; nan and infinity are none.
+    """
+    limits = f"{least:g} or more" if most == math.inf else f"from {least:g} to {most:g}"
+    needed = f"{'a whole number' if kind is int else 'a number'}, {limits}"
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (least <= value <= most) or value == math.inf:
+            raise argparse.ArgumentTypeError(f"came {text}, needed {needed}")
+        return value
+
+    return read
 
 
 def _parser() -> argparse.ArgumentParser:

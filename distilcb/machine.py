@@ -4,8 +4,11 @@ torch is imported where it is used: it costs a second.
 """
 
 import ctypes
+import importlib.util
 import logging
 import os
+import runpy
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -91,11 +94,38 @@ def compiled_operators_folder() -> Path:
 
 
 def is_compiled(operator: str) -> bool:
-    """Whether torch has compiled an operator, such as fused_adam, for this environment."""
+    """Whether an operator, such as fused_adam, is compiled for this environment: by torch, or with DeepSpeed itself."""
+    return _torch_has_compiled(operator) or _came_with_deepspeed(operator)
+
+
+def _torch_has_compiled(operator: str) -> bool:
     folder = compiled_operators_folder()
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
         return (folder / operator / f"{operator}.so").is_file()
     return any(folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*/{operator}/{operator}.so"))
+
+
+def _came_with_deepspeed(operator: str) -> bool:
+    """Whether DeepSpeed was installed with it (DS_BUILD_OPS=1) and will load it, as its git_version_info says.
+
+    The file is read by itself: importing DeepSpeed takes seconds, and is_compiled is asked before.
+    """
+    found = importlib.util.find_spec("deepspeed")
+    file = Path(found.origin).with_name("git_version_info_installed.py") if found and found.origin else None
+    if not file or not file.is_file():
+        return False
+    facts = runpy.run_path(str(file))
+    same_device = facts.get("accelerator_name") == ("cuda" if uses_cuda() else "cpu")
+    return same_device and bool(facts.get("installed_ops", {}).get(operator))
+
+
+def find_compiler() -> str | None:
+    """The path of what DeepSpeed's operators are compiled with: c++; for a GPU nvcc, in CUDA_HOME as torch finds it."""
+    if not uses_cuda():
+        return shutil.which("c++")
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    return (CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin"))) or shutil.which("nvcc")
 
 
 def wait_for_compiler(operator: str) -> None:

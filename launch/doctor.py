@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from distilcb.command_line import Parser
+from distilcb.command_line import Parser, number
 from distilcb.distributed import exit_code, on_main, stop
 from distilcb.errors import ConfigError, MachineError, writing
 
@@ -13,11 +13,10 @@ def main(words: list[str]) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--run_dir", type=Path, default="runs", help="where runs will be written (default: runs)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write every figure there, as JSON")
-    parser.add_argument("--wait_minutes", type=float, default=5, help="patience with a rank (default: 5)")
+    patience = number(0.01, 10_000, kind=float)
+    parser.add_argument("--wait_minutes", type=patience, default=5, help="patience with a rank (default: 5)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     options = parser.parse_args(words)
-    if not options.wait_minutes > 0:
-        raise ConfigError(f"--wait_minutes {options.wait_minutes}: more than 0 was needed.")
     if options.output and not options.output.parent.is_dir():
         raise ConfigError(f"--output {options.output}: there is no folder {options.output.parent}. Make it first.")
     # torch and DeepSpeed take seconds to import; --help should not

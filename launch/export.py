@@ -1,14 +1,14 @@
 """Write a run's checkpoint as a Hugging Face folder: python launch/export.py RUN [--step N] --output DIR"""
 
-import argparse
 import sys
 from pathlib import Path
 
+from distilcb.command_line import Parser
 from distilcb.distributed import exit_code
 
 
 def main(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, help="run folder, such as runs/mini")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest good one)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -133,9 +132,11 @@ def read_chunks(path: Path, *, chunk_bytes: int) -> Iterator[tuple[Chunk, int]]:
     """
     lines = position = 0
     with _naming(path), _open_bytes(path) as (stream, tell):
-        while text := stream.read(chunk_bytes):
-            text += stream.readline()
-            there = tell()
+        ahead = stream.read(1)
+        while ahead:
+            text = b"".join((ahead, stream.read(chunk_bytes - 1), stream.readline()))
+            ahead = stream.read(1)
+            there = tell() if ahead else path.stat().st_size  # the last takes what a reader leaves unread
             yield Chunk(text, lines), there - position
             lines, position = lines + text.count(b"\n"), there
 
@@ -145,9 +146,14 @@ def opened(source: Source) -> Path | OpenDataset:
     return OpenDataset(source) if isinstance(source, HubDataset) else source
 
 
+def is_compressed(source: Source) -> bool:
+    """Whether it is a file that can only be read from its beginning."""
+    return isinstance(source, Path) and source.suffix in _COMPRESSIONS
+
+
 def is_compressed_lines(source: Source) -> bool:
     """Whether it is a stream that nobody can enter in the middle, and that is cut into chunks."""
-    return isinstance(source, Path) and source.suffix in _COMPRESSIONS and _format(source) != ".parquet"
+    return isinstance(source, Path) and is_compressed(source) and _format(source) != ".parquet"
 
 
 def is_table(source: Source) -> bool:
@@ -315,10 +321,14 @@ def _read_parquet(path: Path, text_field: str, start: int, end: int | None) -> I
         for number in range(table.num_row_groups):
             last = first + table.metadata.row_group(number).num_rows
             if last > start and (end is None or first < end):
-                batches = table.iter_batches(columns=[text_field], row_groups=[number], batch_size=1024)
-                cells = (text for batch in batches for text in batch.column(0).to_pylist())
-                for text in islice(cells, max(0, start - first), None if end is None else end - first):
-                    yield _text_of(path, text_field, text)
+                for batch in table.iter_batches(columns=[text_field], row_groups=[number], batch_size=1024):
+                    before = max(0, start - first)  # these rows are decoded, and no more
+                    wanted = batch.slice(before, None if end is None else max(0, end - first - before))
+                    first += len(batch)
+                    for text in wanted.column(0).to_pylist():
+                        yield _text_of(path, text_field, text)
+                    if end is not None and first >= end:
+                        return
             first = last
 
 

@@ -23,9 +23,11 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.1
 _BEAT_SECONDS = 1.0
-_STORE_ANSWERS_WITHIN_SECONDS = 60.0
+# Of passed time what counts as silence: where more passed, this process was suspended itself, or had no time to look.
+_LONGEST_GAP_SECONDS = 2 * _BEAT_SECONDS
 # Between rank zero's end and the others', so that its message is the one that is printed.
 _RANK_ZERO_SPEAKS_FIRST_SECONDS = 4.0
+_GOES_ON = "Finished parts are kept: the same command goes on from there."
 
 log = logging.getLogger(__name__)
 
@@ -69,24 +71,29 @@ class Crew:
 class RanksCrew(Crew):
     """Several ranks. Leaving with an error ends the others too."""
 
-    def __init__(self, world: World, *, silence_seconds: float = 60.0) -> None:
+    def __init__(self, world: World, *, silence_seconds: float = 60.0, meeting_seconds: float = 600.0) -> None:
         """Meets rank zero.
 
         Args:
             silence_seconds: without a sign of life, after which a rank counts as gone.
+            meeting_seconds: for ranks to come: imports from a file system in use take some of them minutes.
 
         Raises:
             LaunchError: rank zero is not to be found, or its port is taken.
         """
         super().__init__()
         self.rank, self.size = world.rank, world.size
-        self._world, self._silence = world, silence_seconds
-        self._store = self._connect(host=world.is_main and not has_agent(os.environ))
+        self._world, self._silence, self._meeting = world, silence_seconds, meeting_seconds
+        is_host = world.is_main and not has_agent(os.environ)
+        self._store = self._connect(host=is_host)
         watched = range(1, world.size) if world.is_main else (0,)
-        self._beats = dict.fromkeys(watched, (-1, time.monotonic()))
-        self._looked_at = 0.0
+        self._beats = dict.fromkeys(watched, (0, 0.0))  # how many, and seconds without one
+        self._looked_at = time.monotonic()
+        self._unanswered_seconds = 0.0
         self._left = threading.Event()
         threading.Thread(target=self._beat, daemon=True, name="beat").start()
+        if not is_host:
+            threading.Thread(target=self._wait_for_answers, daemon=True, name="beat's watchdog").start()
 
     def __enter__(self) -> RanksCrew:
         return self
@@ -101,10 +108,11 @@ class RanksCrew(Crew):
                     self._tell(error)
         except (_HeardError, UserError) as later:
             error = error or later
-        self._left.set()
         if error is None:
+            self._left.set()
             return
         if self.is_main:
+            self._left.set()
             raise error.error if isinstance(error, _HeardError) else error
         if not isinstance(error, _HeardError) and not self._rank_zero_tells():
             print(f"[rank {self.rank}] {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -161,27 +169,26 @@ class RanksCrew(Crew):
             return int(self._store.add(f"count/{counter}", amount))
 
     def check(self) -> None:
-        now = time.monotonic()
-        if now - self._looked_at < _BEAT_SECONDS / 2:
+        passed = time.monotonic() - self._looked_at
+        if passed < _BEAT_SECONDS / 2:
             return
-        self._looked_at = now
+        self._looked_at += passed
         with _talking():
-            self._look(now)
+            self._look(min(passed, _LONGEST_GAP_SECONDS))
 
-    def _look(self, now: float) -> None:
+    def _look(self, passed: float) -> None:
         if self._store.check(["fault"]):
             rank, error = pickle.loads(self._store.get("fault"))
             self._store.add("heard", 1)
             raise _HeardError(rank, error)
-        for rank, (before, since) in self._beats.items():
+        for rank, (before, silent) in self._beats.items():
             beat = self._store.add(f"beat/{rank}", 0)
-            if beat != before:
-                self._beats[rank] = beat, now
-            elif now - since > self._silence:
-                raise DataError(
-                    f"rank {rank} is gone: no sign of life for {now - since:.0f} s. Finished parts are kept: the same "
-                    "command goes on from there."
-                )
+            silent = silent + passed if beat == before else 0.0
+            self._beats[rank] = beat, silent
+            if not beat and silent > self._meeting:
+                raise DataError(f"rank {rank} has not come within {silent:.0f} s: look for what it says. {_GOES_ON}")
+            if beat and silent > self._silence:
+                raise DataError(f"rank {rank} is gone: no sign of life for {silent:.0f} s. {_GOES_ON}")
 
     def _wait_for(self, key: str) -> Any:
         while True:
@@ -194,22 +201,44 @@ class RanksCrew(Crew):
     def _beat(self) -> None:
         try:
             store = self._connect(host=False)  # of its own: what waits on the other does not delay it
-            while not self._left.wait(_BEAT_SECONDS):
+            while not self._left.is_set():
                 store.add(f"beat/{self.rank}", 1)
+                self._unanswered_seconds = 0.0
+                self._left.wait(_BEAT_SECONDS)
         except (RuntimeError, LaunchError):
             return  # rank zero is gone, as check() will find
+
+    def _wait_for_answers(self) -> None:
+        """End where rank zero's store gives none: a process that stands still, or a network that has gone.
+
+        Any other thread that asks it then waits without an end.
+        """
+        looked_at = time.monotonic()
+        while not self._left.wait(_BEAT_SECONDS):
+            passed = time.monotonic() - looked_at
+            looked_at += passed
+            self._unanswered_seconds += min(passed, _LONGEST_GAP_SECONDS)
+            if self._unanswered_seconds > self._silence and not self._left.is_set():
+                print(
+                    f"[rank {self.rank}] DataError: rank 0 at {self._world.master_addr} does not answer for "
+                    f"{self._unanswered_seconds:.0f} s. {_GOES_ON}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(2)
 
     def _connect(self, *, host: bool) -> Any:
         from torch.distributed import PrefixStore, TCPStore
 
         address, port = self._world.master_addr, self._world.master_port
         try:
-            patience = timedelta(seconds=_STORE_ANSWERS_WITHIN_SECONDS)
+            patience = timedelta(seconds=self._meeting)
             store = TCPStore(address, port, is_master=host, timeout=patience, wait_for_workers=False)
         except RuntimeError as error:
+            causes = "" if host else f"Rank 0 has not come within {self._meeting:.0f} s: look for what it says. Or "
             raise LaunchError(
-                f"ranks cannot meet at {address}, port {port} ({first_line(error)}). Where the port is taken set "
-                "MASTER_PORT to a free one, the same for every rank."
+                f"ranks cannot meet at {address}, port {port} ({first_line(error)}). {causes or 'Perhaps '}the port is "
+                "taken: set MASTER_PORT to a free one, the same for every rank."
             ) from error
         return PrefixStore("prepare", store)
 
@@ -220,10 +249,7 @@ def _talking() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise DataError(
-            f"the ranks have lost each other ({first_line(error)}). Finished parts are kept: the same command goes on "
-            "from there."
-        ) from error
+        raise DataError(f"the ranks have lost each other ({first_line(error)}). {_GOES_ON}") from error
 
 
 class _HeardError(Exception):

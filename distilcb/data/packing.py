@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,12 +25,17 @@ from distilcb.data.corpus import Damage, OpenDataset, read_documents
 from distilcb.data.parts import Part
 from distilcb.data.sentence_pieces import SentencePieceEncoder, flatten
 from distilcb.data.tokenizer import Vocabulary
+from distilcb.errors import DataError, writing
 
 # Documents tokenized in one call, so that threads have something to share; fewer of long ones.
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1 << 22
 # Blocks in one Arrow record batch.
 _BATCH_BLOCKS = 1024
+
+ON_FULL_DISK = (
+    "Free some space or name another folder; finished parts are kept, and the same command goes on from there."
+)
 
 
 class PlainEncoder(Protocol):
@@ -83,8 +88,7 @@ class PartMaker:
         """The facts of the part, once its files are in the folder. `tick` is called now and then.
 
         Raises:
-            DataError: text that cannot be read.
-            OSError: files that cannot be written.
+            DataError: text that cannot be read, or files that cannot be written.
         """
         return finished_part(self.folder, part.name) or self._make(part, tick)
 
@@ -101,19 +105,25 @@ class PartMaker:
                     writer.write(packer.add(ids, counts))
                     lengths = _sum(lengths, np.bincount(counts))
                     facts.unknown += int(np.count_nonzero(ids == self.vocabulary.unk_id))
-            unwritten.replace(self.folder / f"{part.name}.arrow")
-            with unwritten.open("wb") as stream:
-                np.savez_compressed(stream, token_counts=writer.token_counts, lengths=lengths)
-            unwritten.replace(self.folder / f"{part.name}.npz")
             facts.blocks, facts.documents, facts.tokens = writer.blocks, packer.documents, packer.tokens
             facts.pending, facts.dropped_blocks = packer.pending, packer.dropped_blocks
             facts.damage = asdict(damage)
-            facts.files = {suffix: _size_and_sum(self.folder / f"{part.name}{suffix}") for suffix in _SUFFIXES}
-            unwritten.write_text(json.dumps(asdict(facts)), encoding="utf-8")
-            unwritten.replace(self.folder / f"{part.name}.json")
+            with writing(self.folder, DataError, ON_FULL_DISK):
+                self._finish(facts, unwritten, token_counts=writer.token_counts, lengths=lengths)
         finally:
-            unwritten.unlink(missing_ok=True)
+            with suppress(OSError):
+                unwritten.unlink()
         return facts
+
+    def _finish(self, facts: PartFacts, unwritten: Path, **arrays: NDArray[np.int64]) -> None:
+        """Name the blocks that are written, and put the part's arrays and figures beside them."""
+        unwritten.replace(self.folder / f"{facts.name}.arrow")
+        with unwritten.open("wb") as stream:
+            np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+        unwritten.replace(self.folder / f"{facts.name}.npz")
+        facts.files = {suffix: _size_and_sum(self.folder / f"{facts.name}{suffix}") for suffix in _SUFFIXES}
+        unwritten.write_text(json.dumps(asdict(facts)), encoding="utf-8")
+        unwritten.replace(self.folder / f"{facts.name}.json")
 
     def _documents(self, part: Part, damage: Damage, facts: PartFacts) -> Iterator[str]:
         for span in part.spans:
@@ -244,7 +254,7 @@ class _Packer:
 
 
 class _Writer:
-    """Writes blocks to one Arrow file and counts their tokens."""
+    """Writes blocks to one Arrow file and counts their tokens. Raises DataError where they cannot be written."""
 
     def __init__(self, path: Path, vocabulary: Vocabulary, seq_len: int) -> None:
         import pyarrow
@@ -254,8 +264,9 @@ class _Writer:
         self.token_counts = np.zeros(vocabulary.size, dtype=np.int64)
         self._dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.int32)
         self._type = pyarrow.list_(pyarrow.from_numpy_dtype(self._dtype), seq_len)
-        self._file = pyarrow.OSFile(str(self.path), "wb")
-        self._stream = pyarrow.ipc.new_stream(self._file, pyarrow.schema([("input_ids", self._type)]))
+        with self._writing():
+            self._file = pyarrow.OSFile(str(self.path), "wb")
+            self._stream = pyarrow.ipc.new_stream(self._file, pyarrow.schema([("input_ids", self._type)]))
 
     def __enter__(self) -> "_Writer":
         return self
@@ -266,7 +277,8 @@ class _Writer:
         else:
             with suppress(Exception):  # a full disk has been told already
                 self._stream.close()
-            self._file.close()
+            with suppress(Exception):
+                self._file.close()
 
     def write(self, blocks: NDArray[np.int64]) -> None:
         """Append (blocks, seq_len) token ids to the file, and count them."""
@@ -277,10 +289,15 @@ class _Writer:
         for start in range(0, len(blocks), _BATCH_BLOCKS):
             values = pyarrow.array(blocks[start : start + _BATCH_BLOCKS].astype(self._dtype).ravel())
             lists = pyarrow.FixedSizeListArray.from_arrays(values, type=self._type)
-            self._stream.write_batch(pyarrow.record_batch([lists], names=["input_ids"]))
+            with self._writing():
+                self._stream.write_batch(pyarrow.record_batch([lists], names=["input_ids"]))
 
     def close(self) -> None:
-        self._stream.close()
-        self._file.close()
-        with self.path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        with self._writing():
+            self._stream.close()
+            self._file.close()
+            with self.path.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.path.parent, DataError, ON_FULL_DISK)

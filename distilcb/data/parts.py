@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distilcb.data.corpus import Chunk, Source, is_compressed_lines, is_table, kind_of, table_groups
+from distilcb.data.corpus import Chunk, Source, is_compressed, is_compressed_lines, is_table, table_groups
 
 PART_BYTES = 32 << 20
 # Text is taken to be so many times as long as what it is compressed to; only decides what is big.
@@ -164,7 +164,7 @@ def _spans(number: int, source: Source, text_field: str, part_bytes: int) -> Ite
         yield from _table_spans(number, source, text_field, part_bytes)
         return
     size = _size(source)
-    compressed = len(kind_of(source)) > 1
+    compressed = is_compressed(source)
     pieces = 1 if compressed else max(1, math.ceil(size / part_bytes))
     if pieces == 1:
         yield Span(number, size, size * _EXPANSION if compressed else size)

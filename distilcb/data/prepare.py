@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ from distilcb.data.blocks import TOKEN_COUNTS, Description, is_prepared, read_de
 from distilcb.data.corpus import Damage, OpenDataset, Source, find_sources, kind_of, opened, read_documents
 from distilcb.data.crew import Crew
 from distilcb.data.data_report import DataReport, write_report
-from distilcb.data.packing import PartFacts, PartMaker, has_finished_parts, sum_of_arrays
+from distilcb.data.packing import ON_FULL_DISK, PartFacts, PartMaker, has_finished_parts, sum_of_arrays
 from distilcb.data.parts import PART_BYTES, Part, Share, Stream, cut, share_out
 from distilcb.data.progress import Progress
 from distilcb.data.sentence_pieces import faster_encoder
@@ -169,7 +169,8 @@ def prepare_cached(
     output = cache / "blocks" / content[:32]
     with writing(output.parent, DataError, "Give a --data.cache that can be written to."):
         output.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{output}.lock"):
+        lock = FileLock(f"{output}.lock").acquire()
+    with lock:
         _prepare_content(plan, how, content, output=output, crew=Crew(), show_progress=show_progress)
     return output
 
@@ -280,6 +281,11 @@ def _made_before(output: Path, content: str) -> Description | None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     if is_prepared(output) and (made := read_description(output)).content == content:
+        folder, lock_file = _working_names(output, content)
+        if folder.exists():  # of a start that was killed when it had named the output
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                lock_file.unlink()
         return made
     raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
 
@@ -290,12 +296,11 @@ def _working_folder(output: Path, content: str, crew: Crew) -> Iterator[Path]:
 
     What is not finished when it is left is gone, and so is the folder where nothing is.
     """
-    folder = output.parent / f".{output.name}.{content[:16]}.tmp"
+    folder, lock_file = _working_names(output, content)
     if not crew.is_main:
         crew.from_main("folder", lambda: None)
         yield folder
         return
-    lock_file = folder.with_suffix(".lock")
     with writing(output, DataError, "Name a folder that can be written to."):
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = _acquired(lock_file, crew)
@@ -311,6 +316,12 @@ def _working_folder(output: Path, content: str, crew: Crew) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         lock_file.unlink(missing_ok=True)
         lock.release()
+
+
+def _working_names(output: Path, content: str) -> tuple[Path, Path]:
+    """Of the working folder and of its lock."""
+    folder = output.parent / f".{output.name}.{content[:16]}.tmp"
+    return folder, folder.with_suffix(".lock")
 
 
 def _acquired(lock_file: Path, crew: Crew) -> FileLock:
@@ -358,12 +369,15 @@ def _make_parts(share: Share, maker: PartMaker, how: _How, crew: Crew, progress:
 
 
 def _made(
-    parts: Iterator[Part], maker: PartMaker, processes: int, threads: int, tick: Callable[[], None]
+    parts: Iterator[Part | None], maker: PartMaker, processes: int, threads: int, tick: Callable[[], None]
 ) -> Iterator[tuple[int, PartFacts]]:
     """(bytes of the sources, facts) of each part, made here or by other processes."""
     if processes == 1:
         for part in parts:
-            yield part.size, maker(part, tick)
+            if part is None:
+                tick()
+            else:
+                yield part.size, maker(part, tick)
         return
     with Workers(maker, processes, threads=threads) as workers:
         for part, facts in workers.results(parts, tick):
@@ -391,7 +405,7 @@ class _Assembly:
             )
         assembled = self.folder / "assembled"
         shutil.rmtree(assembled, ignore_errors=True)  # of a start that was killed here
-        with writing(output, DataError, "Name a folder that can be written to."):
+        with writing(output, DataError, ON_FULL_DISK):
             assembled.mkdir()
             files: list[str] = []
             for part in facts:

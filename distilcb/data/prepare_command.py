@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from distilcb.command_line import Parser, number
 from distilcb.data.parts import PART_BYTES
-from distilcb.errors import ConfigError
 from distilcb.launcher import World
 
 _DEFAULT_MEGABYTES = PART_BYTES / (1 << 20)
@@ -19,9 +19,6 @@ def prepare_from(words: list[str], *, description: str | None) -> None:
         UserError: on rank zero; the other ranks end with exit code 2.
     """
     options = _parser(description).parse_args(words)
-    if options.processes is not None and options.processes < 1:
-        raise ConfigError(f"--processes {options.processes}: needed 1 or more.")
-
     from distilcb.data.crew import find_world, join_crew
     from distilcb.data.prepare import prepare
     from distilcb.data.tokenizer import TextTokenizer
@@ -59,22 +56,22 @@ def cores_of_rank(world: World, environ: Mapping[str, str]) -> int:
     return mine if bound else max(1, mine // (world.local_size or world.size))
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+def _parser(description: str | None) -> Parser:
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="NAME", help="files, folders, globs, hub:NAME:CONFIG:SPLIT"
     )
     parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer or model folder, or hub name")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder of blocks to write")
-    parser.add_argument("--seq_len", type=int, default=512, help="tokens in a block (default: 512)")
+    parser.add_argument("--seq_len", type=number(8, 65_536), default=512, help="tokens in a block (default: 512)")
     parser.add_argument("--text_field", default="text", help="the text's name in .jsonl and .parquet (default: text)")
-    parser.add_argument("--processes", type=int, help="on each rank (default: one a core that the rank may use)")
+    parser.add_argument("--processes", type=number(1), help="on each rank (default: one a core that the rank may use)")
     parser.add_argument(
-        "--min_characters", type=int, default=0, metavar="N", help="leave out shorter documents (default: 0)"
+        "--min_characters", type=number(0), default=0, metavar="N", help="leave out shorter documents (default: 0)"
     )
     parser.add_argument(
         "--part_megabytes",
-        type=float,
+        type=number(0.001, kind=float),
         default=_DEFAULT_MEGABYTES,
         metavar="MB",
         help=f"text that one process packs at a time; decides where blocks begin (default: {_DEFAULT_MEGABYTES:.0f})",

@@ -22,6 +22,7 @@ from distilcb.errors import DataError, UserError
 
 # Processes that one decompressing thread keeps busy, about.
 _PROCESSES_A_READER = 8
+_READING_IS_WAITED_FOR_SECONDS = 0.5
 
 
 class Workers:
@@ -41,13 +42,19 @@ class Workers:
         for worker in [*self._idle, *self._busy.values()]:
             worker.end()
 
-    def results(self, parts: Iterator[Part], tick: Callable[[], None]) -> Iterator[tuple[Part, Any]]:
+    def results(self, parts: Iterator[Part | None], tick: Callable[[], None]) -> Iterator[tuple[Part, Any]]:
         """(part, what `make` gave for it), in the order in which they get done. `tick` is called at least each second.
+
+        Where `parts` give None there is nothing to begin yet.
 
         Raises:
             UserError: as raised in a process; or a process that was killed.
         """
         for part in parts:
+            if part is None:
+                tick()
+                yield from self._done(timeout=0)
+                continue
             while not self._idle and len(self._busy) == self._count:
                 tick()
                 yield from self._done(timeout=1)
@@ -82,12 +89,13 @@ class _Worker:
         self._process = context.Process(target=_work, args=(theirs, threads, os.getpid()), daemon=True)
         self._process.start()
         theirs.close()  # so that the end of the process is the end of what can be read
-        self.connection.send_bytes(make)
+        with suppress(ConnectionError):  # result() tells
+            self.connection.send_bytes(make)
 
     def begin(self, part: Part) -> None:
         # Only its number is wanted back.
         self.part = Part(part.name, part.spans)
-        with suppress(BrokenPipeError):  # result() tells
+        with suppress(ConnectionError):  # as above
             self.connection.send(part)
 
     def result(self) -> Any:
@@ -122,22 +130,27 @@ def _work(connection: Connection, threads: int, parent: int) -> None:
         if os.getppid() != parent:
             os._exit(1)
 
-    with suppress(EOFError, BrokenPipeError):
+    with suppress(EOFError, ConnectionError):
         make = pickle.loads(connection.recv_bytes())
         while True:
             part = connection.recv()
             answer: tuple[Any, Any]
             try:
                 answer = make(part, end_if_alone), None
-            except (UserError, OSError) as error:
+            except UserError as error:
                 answer = None, error
             except Exception:
                 answer = None, traceback.format_exc()
             connection.send(answer)
 
 
-def parts_of_share(share: Share, sources: Sequence[Source], *, part_bytes: int, processes: int) -> Iterator[Part]:
-    """All parts of a share. Streams are read ahead in threads, and other parts fill the time in which none is ready."""
+def parts_of_share(
+    share: Share, sources: Sequence[Source], *, part_bytes: int, processes: int
+) -> Iterator[Part | None]:
+    """All parts of a share. Streams are read ahead in threads, and other parts fill the time in which none is ready.
+
+    None, now and then, while there is nothing but to wait for them.
+    """
     if not share.streams:
         yield from share.parts
         return
@@ -146,10 +159,10 @@ def parts_of_share(share: Share, sources: Sequence[Source], *, part_bytes: int, 
     rest = iter(share.parts)
     try:
         while True:
-            part = reading.ready() or next(rest, None) or reading.next()
-            if part is None:
+            part = reading.ready() or next(rest, None)
+            if part is None and reading.is_over:
                 return
-            yield part
+            yield part or reading.next()
     finally:
         reading.stop()
 
@@ -177,11 +190,16 @@ class _ReadAhead:
             return None
 
     def next(self) -> Part | None:
-        """The next part; None where all are read."""
-        while self._reading:
-            if part := self._take(self._found.get()):
-                return part
-        return None
+        """The next part, where there is one before long."""
+        try:
+            return self._take(self._found.get(timeout=_READING_IS_WAITED_FOR_SECONDS))
+        except queue.Empty:
+            return None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all parts are taken."""
+        return not self._reading
 
     def stop(self) -> None:
         self._stopped.set()
@@ -208,15 +226,12 @@ class _ReadAhead:
     def _read_stream(self, share: StreamShare) -> None:
         stream = share.stream
         path: Any = self._sources[stream.source]
-        passed = 0
         for number, (chunk, size) in enumerate(read_chunks(path, chunk_bytes=self._part_bytes)):
-            passed += size
             if self._stopped.is_set():
                 return
             if share.has(number):
-                span = Span(stream.source, passed, len(chunk.text))
+                span = Span(stream.source, size, len(chunk.text))
                 self._put(Part(stream.name(number), (span,), chunk))
-                passed = 0
 
     def _put(self, found: Part | BaseException | None) -> None:
         while not self._stopped.is_set():

@@ -29,10 +29,21 @@ def advise(
         ranks_per_node=per_node,
         gpus_per_node=ranks[0]["devices_seen"],
         cores_per_rank=cores,
-        avoid={each.host for each in findings if each.ratio is not None and len(hosts) > 1},
+        avoid=_slurm_names(ranks, {each.host for each in findings if each.ratio is not None and len(hosts) > 1}),
     )
     file, why = deepspeed_file({name: median_high(each[name] for each in products) for name in products[0]})
     return [*header, f"--deepspeed {file}   # {why}"]
+
+
+def _slurm_names(ranks: Sequence[Mapping[str, Any]], hosts: Collection[str]) -> set[str]:
+    """What Slurm calls the hosts; it may know node1.cluster as node1, and refuses a job with a name it does not know.
+
+    mpiexec can hand the first node's variables to all: where two hosts have one name none is believed.
+    """
+    names = {each["host"]: each["slurm_node"] for each in ranks if each["slurm_node"]}
+    if len(set(names.values())) < len(names):
+        names = {}
+    return {names.get(host, host) for host in hosts}
 
 
 def slurm_header(

@@ -3,7 +3,6 @@
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import time
@@ -14,7 +13,7 @@ import torch
 
 from distilcb.distributed import barrier, device
 from distilcb.engine.operators import needed_operators
-from distilcb.machine import is_compiled, uses_cuda
+from distilcb.machine import find_compiler, is_compiled, uses_cuda
 from distilcb.train.preflight import device_name, versions
 from distilcb.watchdog import Place, at
 
@@ -40,6 +39,7 @@ def describe_rank() -> dict[str, Any]:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "host": platform.node(),
+        "slurm_node": os.environ.get("SLURMD_NODENAME"),
         "device": device_name(),
         "devices_seen": torch.cuda.device_count() if uses_cuda() else 0,
         "memory_bytes": memory,
@@ -48,7 +48,7 @@ def describe_rank() -> dict[str, Any]:
         "cores_allowed": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "compiled": {name: is_compiled(name) for name in needed_operators()},
-        "compiler": shutil.which("nvcc" if uses_cuda() else "c++"),
+        "compiler": find_compiler(),
         "same": same,
     }
 

@@ -35,7 +35,7 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         wait_for_compiler(name)
     waiting = [name for name in needed_operators() if not is_compiled(name)]
     if not waiting:
-        print(f"DeepSpeed's operators are compiled already, in {compiled_operators_folder()}", flush=True)
+        print("DeepSpeed's operators are compiled already", flush=True)
         return
     print(f"compiling DeepSpeed's operators ({', '.join(waiting)}): about a minute, once", flush=True)
     started = time.perf_counter()

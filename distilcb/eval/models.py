@@ -18,7 +18,7 @@ from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import device
 from distilcb.errors import ConfigError, DataError, writing
 from distilcb.eval.masked_lm import Figures, evaluate
-from distilcb.eval.report import as_markdown, heldout_rows
+from distilcb.eval.report import NAMES_IN_A_RUN, as_markdown, heldout_rows
 from distilcb.hub import model_folder
 from distilcb.launcher import World
 from distilcb.models.families import family_of
@@ -43,18 +43,19 @@ def evaluate_models(
 ) -> dict[str, Figures]:
     """{model: figures} of masked words of the text, as a run's own evaluation makes them; the teacher's as "teacher".
 
+    A model is called as `names_in_results` says.
+
     All models must share one tokenizer, or their figures are of different words.
 
     Raises:
-        ConfigError: a name given twice, two tokenizers, or blocks longer than a model's positions.
+        ConfigError: a model named twice, two tokenizers, or blocks longer than a model's positions.
         DataError, ModelError: what is not there or cannot be read.
     """
     if maskings < 2:
         raise ConfigError(f"maskings={maskings}: a standard error needs 2 or more.")
-    if len(set(models)) != len(models):
-        raise ConfigError(f"{', '.join(models)}: a model is named twice.")
-    for name in [*models, *([teacher] if teacher else [])]:
-        model_folder(name, weights=False)  # a name that is not there is a model's, not a tokenizer's
+    shown = names_in_results(models)
+    if teacher:
+        model_folder(teacher, weights=False)  # a name that is not there is a model's, not a tokenizer's
     tokenizer = TextTokenizer(teacher or models[0])
     for name in models:
         if TextTokenizer(name).vocabulary.fingerprint != tokenizer.vocabulary.fingerprint:
@@ -82,8 +83,24 @@ def evaluate_models(
         log.info("%s: %d blocks of %d tokens under %d maskings", name, len(blocks), seq_len, maskings)
         figures = evaluate(model, taught_by, family, batches, maskings=maskings, device=device())
         found |= {"teacher": figures["teacher"]} if "teacher" in figures else {}
-        found[name] = figures["student"]
+        found[shown[name]] = figures["student"]
     return found
+
+
+def names_in_results(models: Sequence[str]) -> dict[str, str]:
+    """What each model is called in the results: as it was named, but ./student where that is a name of a run's models.
+
+    Raises:
+        ConfigError: a model named twice, in whatever words.
+        ModelError: one that is not there.
+    """
+    folders: dict[Path, str] = {}
+    for name in models:
+        folder = model_folder(name, weights=False).resolve()
+        if folder in folders:
+            raise ConfigError(f"{folders[folder]} and {name}: a model is named twice. Name each once.")
+        folders[folder] = name
+    return {name: f"./{name}" if name in NAMES_IN_A_RUN else name for name in models}
 
 
 def write_results(output: Path, figures: dict[str, Figures], settings: dict[str, Any]) -> None:

@@ -10,14 +10,20 @@ _COLUMNS = (
     ("kl", "kl (nats)", "{:.3f}"),
     ("agreement", "agreement", "{:.1%}"),
 )
-_NAMES = {"teacher": "teacher", "student_start": "student, start", "student": "student, end"}
+# What the models of a run are called in its figures, and in a table.
+NAMES_IN_A_RUN = {"teacher": "teacher", "student_start": "student, start", "student": "student, end"}
 
 
 def heldout_rows(heldout: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Header and one row a model: each figure ± its standard error. Models of other names follow those of a run."""
     rows = [["held-out text", *(title for _, title, _ in _COLUMNS)]]
-    for who in [*(who for who in _NAMES if who in heldout), *(who for who in heldout if who not in _NAMES)]:
-        rows.append([_NAMES.get(who, who), *(_cell(heldout[who], column, form) for column, _, form in _COLUMNS)])
+    for who in [
+        *(who for who in NAMES_IN_A_RUN if who in heldout),
+        *(who for who in heldout if who not in NAMES_IN_A_RUN),
+    ]:
+        rows.append(
+            [NAMES_IN_A_RUN.get(who, who), *(_cell(heldout[who], column, form) for column, _, form in _COLUMNS)]
+        )
     return rows
 
 

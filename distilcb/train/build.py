@@ -199,11 +199,17 @@ def _begin(
         return checkpoints, None
     on_main(checkpoints.remove_leftovers)  # a save that filled the disk may have left what it wrote
     on_main(lambda: check_free_disk(folder.path, parameters=parameters, keep=keep))
-    return checkpoints, on_main(checkpoints.newest_or_none_at_all)
+    newest = on_main(checkpoints.newest_or_none_at_all)
+    if newest is None:
+        on_main(lambda: folder.begin_again(provenance(command, place.world.size)))
+    return checkpoints, newest
 
 
-def take_place(command: CommandLine) -> Place:
+def take_place(command: CommandLine, *, reads_only: bool = False) -> Place:
     """Meet the other ranks and settle device, sharding and precision; says which and why.
+
+    Args:
+        reads_only: leave the run folder as it is; else a file is put there for a moment.
 
     Raises:
         ConfigError: a global batch that does not divide, or a DeepSpeed file that cannot be used here.
@@ -217,7 +223,7 @@ def take_place(command: CommandLine) -> Place:
     world = distributed.start()
     deepspeed_config.check_sections(settings)
     precision = deepspeed_config.precision(settings)
-    machines = preflight(world, command, settings)
+    machines = preflight(world, command, settings, reads_only=reads_only)
     log.info("precision: %s (%s)", precision, why)
     micro_batch, global_batch = config.optim.micro_batch, config.optim.global_batch
     log.info(

@@ -16,6 +16,7 @@ from distilcb.engine.step_module import StepModule
 from distilcb.engine.stepper import Stepper
 from distilcb.losses.triplet import TERMS, Counts, divisors
 from distilcb.train.build import Models
+from distilcb.watchdog import Place, at
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def figures_by_sample(
     for micro in range(cut.accumulation):
         for position in cut.positions(step, micro):
             batch = micro_batches.at(position[None]).to(device)
-            loss, sums = spare(batch, stepper.teach(batch), stepper.coefficients)
+            taught = stepper.teach(batch)
+            at(Place.FORWARD, step=step + 1, micro=micro)  # a move for the watchdog, also where nobody teaches
+            loss, sums = spare(batch, taught, stepper.coefficients)
             gradient = torch.autograd.grad(loss * loss_scale, weights, allow_unused=True, materialize_grads=True)
             for whole, part in zip(total, gradient, strict=True):
                 whole += part

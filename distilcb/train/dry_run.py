@@ -33,7 +33,7 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
         ConfigError: more than the GPU's memory holds.
     """
     config = command.config
-    place = take_place(command)
+    place = take_place(command, reads_only=True)
     try:
         report = _measure(config, place)
     except torch.cuda.OutOfMemoryError as error:

@@ -31,11 +31,12 @@ _GIB = 2**30
 _SEEN_WITHIN_SECONDS = 5.0
 
 
-def preflight(world: World, command: CommandLine, settings: dict[str, Any]) -> int:
+def preflight(world: World, command: CommandLine, settings: dict[str, Any], *, reads_only: bool = False) -> int:
     """Check the ranks against each other; returns the number of machines. Every rank must call it.
 
     Args:
         settings: DeepSpeed's.
+        reads_only: write nothing into a run folder that is there.
 
     Raises:
         LaunchError: with every fault found, on every rank.
@@ -47,7 +48,9 @@ def preflight(world: World, command: CommandLine, settings: dict[str, Any]) -> i
     if wrong := wrong_sums(world):
         faults.append(wrong)
     if len(hosts) > 1 and not faults:
-        faults += _unseen(command.run_dir, [facts["host"] for facts in ranks])
+        names = [facts["host"] for facts in ranks]
+        is_run = reads_only and on_main((command.run_dir / "config.yaml").is_file)
+        faults += _unlike(command.run_dir, names) if is_run else _unseen(command.run_dir, names)
     if faults:
         raise LaunchError("\n  ".join(["the ranks of this start do not go together:", *faults]))
     devices = Counter(facts["device"] for facts in ranks)
@@ -210,6 +213,25 @@ def _unseen(run_dir: Path, hosts: list[str]) -> list[str]:
         f"{run_dir} is not the same folder everywhere: {', '.join(blind[:8])} cannot see what {hosts[0]} writes to "
         f"{folder}. Give a --run_dir on a file system that all nodes share"
     ]
+
+
+def _unlike(run_dir: Path, hosts: list[str]) -> list[str]:
+    """A line where machines do not read rank zero's config.yaml in a run folder."""
+    read = gather_objects(_hash_of(run_dir / "config.yaml"))
+    blind = sorted({host for host, found in zip(hosts, read, strict=True) if found is None or found != read[0]})
+    if not blind:
+        return []
+    return [
+        f"{run_dir} is not the same folder everywhere: {', '.join(blind[:8])} cannot see the run that {hosts[0]} sees "
+        "there. Name a run folder on a file system that all nodes share"
+    ]
+
+
+def _hash_of(path: Path) -> str | None:
+    try:
+        return xxhash.xxh3_64_hexdigest(path.read_bytes())
+    except OSError:
+        return None
 
 
 def _touch(path: Path) -> bool:

@@ -184,12 +184,19 @@ def _check_ranks(
 ) -> None:
     """Raise CheckpointError where this is another number of ranks than took the steps up to `last`.
 
-    Every start goes on from the newest checkpoint, so the steps up to a checkpoint were taken by the ranks that saved
-    it; those after the newest one, by the ranks that saved it as far as can be known.
+    Those from the first weights were taken by the ranks that the provenance tells: of their time no checkpoint may be
+    kept. Every start goes on from the newest checkpoint, so the steps between two of them were taken by the ranks that
+    saved the later one; those after the newest, by the ranks that saved it as far as can be known.
     """
-    after = next((step for step in checkpoints.steps() if step >= last), None)
-    known = (checkpoints.of_step(after) if after else None) or checkpoint
-    took = known.world_size if known else folder.provenance()["world_size"]
+    later = next((step for step in checkpoints.steps() if step >= last), None)
+    after = checkpoints.of_step(later) if later else None
+    took = (after or checkpoint).world_size if checkpoint else folder.provenance()["world_size"]
+    if not checkpoint and after and after.world_size != took:
+        log.warning(
+            "%s was begun on %d rank(s), and %s was saved by %d: from which step on is not kept, and what %d did not "
+            "take comes out otherwise",
+            *(folder.path, took, after.path.name, after.world_size, took),
+        )
     if checkpoint and checkpoint.world_size != took:
         raise CheckpointError(
             f"{checkpoint.path} was saved by {checkpoint.world_size} rank(s), and the steps after it were taken by "
@@ -210,7 +217,7 @@ def _tell_plan(plan: Plan, folder: RunFolder) -> None:
 def _wire(folder: RunFolder, command: CommandLine, plan: Plan) -> tuple[Run, StepModule]:
     """The run where the replay starts, and a spare copy of its module; as `build`, but that nothing is written."""
     config = command.config
-    place = take_place(command)
+    place = take_place(command, reads_only=True)
     on_main(lambda: refuse_facts(folder, {"precision": place.precision}))
     if not prepared_folder(config.data.train):
         find_sources(config.data.train)  # what stands for nothing is told before a model is loaded

@@ -129,6 +129,16 @@ class RunFolder:
                 finally:
                     Path(guard.lock_file).unlink(missing_ok=True)
 
+    def begin_again(self, provenance: dict[str, Any]) -> None:
+        """Keep where the run comes from now: no checkpoint is there to go on from, so this start takes the first steps.
+
+        The facts that it was begun with stay, and so does the job that made the folder.
+        """
+        document = self._begun()
+        stays = {name: document["provenance"].get(name) for name in ("facts", "slurm_job")}
+        with writing(self.path, CheckpointError, "Give a --run_dir that can be written to."):
+            self._write_config(document | {"provenance": provenance | stays})
+
     def _was_begun_by_this_job(self) -> bool:
         """Whether an earlier slice of this Slurm job has made the folder."""
         return is_later_slice(os.environ) and self.provenance().get("slurm_job") == slurm_job(os.environ)
@@ -146,7 +156,9 @@ class RunFolder:
             self.path.rename(aside)
             log.info("--fresh: the run that was there is now %s", aside)
         self.path.mkdir(parents=True, exist_ok=True)
-        document = to_plain(command.config) | {"provenance": provenance | {"facts": facts}}
+        self._write_config(to_plain(command.config) | {"provenance": provenance | {"facts": facts}})
+
+    def _write_config(self, document: dict[str, Any]) -> None:
         write_durably(self.config, yaml.safe_dump(document, sort_keys=False, allow_unicode=True))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
@@ -174,7 +186,7 @@ class RunFolder:
         return [line for name in facts for line in _difference(name, begun.get(name), facts[name])]
 
     def provenance(self) -> dict[str, Any]:
-        """Where the run comes from, as written at its first start."""
+        """Where the run comes from, as written at the start that took its first steps."""
         return self._begun()["provenance"]
 
     def _begun(self) -> dict[str, Any]:

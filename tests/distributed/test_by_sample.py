@@ -10,6 +10,7 @@ import torch
 from test_fp16 import allow_fp16_on_this_cpu
 from test_stepper import LOSSES
 
+from distilcb import watchdog
 from distilcb.config import LossConfig
 from distilcb.distributed import all_reduce_sum
 from distilcb.losses import reference
@@ -39,10 +40,12 @@ def _look(deepspeed: str, loss: LossConfig, dropout: float) -> dict[str, Any]:
         each.take(0, STEP)
     take_weights(spare, run.engine.module)
     scale = float(run.engine.optimizer.cur_scale) if "fp16" in deepspeed else 1.0
+    moves_before = watchdog._position.moves
     figures, again = (
         figures_by_sample(spare, run.stepper, run.micro_batches, run.counts, step=STEP, loss_scale=scale)
         for _ in range(2)
     )
+    moves = watchdog._position.moves - moves_before
     (result,), (same,) = run.take(STEP, STEP + 1), undisturbed.take(STEP, STEP + 1)
     by = torch.tensor([divisors(loss, run.counts)[term] for term in TERMS], dtype=torch.float64)
     pairs = zip(run.engine.module.parameters(), undisturbed.engine.module.parameters(), strict=True)
@@ -50,6 +53,7 @@ def _look(deepspeed: str, loss: LossConfig, dropout: float) -> dict[str, Any]:
         "terms": figures.terms,
         "grad_norms": figures.grad_norms,
         "grad_norm": figures.grad_norm,
+        "moves": moves,
         "same_again": bool((figures.terms == again.terms).all() and (figures.grad_norms == again.grad_norms).all()),
         "step_terms": all_reduce_sum(result.sums.clone()) / by,
         "step_grad_norm": float(result.grad_norm),
@@ -95,6 +99,11 @@ def test_looking_at_the_samples_leaves_the_step_as_it_is_to_the_last_bit(looked,
         assert rank[name]["same_sums"]
         assert rank[name]["same_grad_norm"]
         assert rank[name]["same_weights"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_watchdog_sees_a_move_at_each_sample(looked, name):
+    assert all(rank[name]["moves"] >= 2 * GLOBAL_BATCH / len(looked) for rank in looked)  # they were looked at twice
 
 
 def test_samples_are_looked_at_without_dropout(looked):

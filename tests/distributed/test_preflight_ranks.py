@@ -53,3 +53,27 @@ def test_ranks_that_differ_are_refused_by_name_with_exit_code_2(run_on_ranks, tm
         assert "but not on rank 1 on " in ranks[0].output
     assert "Traceback" not in ranks[0].output + ranks[1].output
     assert list(tmp_path.iterdir()) == []
+
+
+def look(folder: Path, blind: bool) -> int:
+    """Runs on every rank, each on a machine of its own, for a run that is there."""
+    world = distributed.start()
+    preflight_module.platform.node = lambda: f"node{world.rank}"
+    if blind and world.rank == 1:
+        preflight_module._hash_of = lambda _: None
+    command = parse_command_line(["--data.train", "some.txt", "--run_dir", str(folder)])
+    return preflight(world, command, {}, reads_only=True)
+
+
+def test_who_only_reads_a_run_on_two_machines_leaves_no_trace_in_its_folder(run_on_ranks, tmp_path):
+    (tmp_path / "config.yaml").write_text("a: run")
+    before = tmp_path.stat().st_mtime_ns
+    assert [rank.result for rank in run_on_ranks(look, 2, folder=tmp_path, blind=False)] == [2, 2]
+    assert tmp_path.stat().st_mtime_ns == before
+
+
+def test_who_only_reads_a_run_is_told_which_machine_does_not_see_it(run_on_ranks, tmp_path):
+    (tmp_path / "config.yaml").write_text("a: run")
+    ranks = run_on_ranks(look, 2, fails=True, folder=tmp_path, blind=True)
+    assert [rank.exit_code for rank in ranks] == [2, 2], ranks[0].output
+    assert "not the same folder everywhere: node1 cannot see the run that node0 sees there" in ranks[0].output

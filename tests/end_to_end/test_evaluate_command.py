@@ -73,7 +73,7 @@ def test_models_of_different_tokenizers_are_refused(commands, tmp_path, finished
         (["runs/mini/studnet"], "model folder runs/mini/studnet does not exist"),
         ([TEACHER, "--teacher", "./nowhere"], "model folder ./nowhere does not exist"),
         ([TEACHER, TEACHER], "named twice"),
-        ([TEACHER, "--maskings", "1"], "needs 2 or more"),
+        ([TEACHER, "--maskings", "1"], "argument --maskings: came 1, needed a whole number, 2 or more"),
         ([TEACHER, "--seq_len", "4000"], "has positions for"),
         ([TEACHER, "--heldout", "missing.txt"], "missing.txt"),
     ],

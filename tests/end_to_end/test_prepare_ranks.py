@@ -75,6 +75,26 @@ def test_a_mistake_under_mpirun_is_told_once(tmp_path):
     assert_refused(done, "a.jsonl, line 9001: not JSON")
 
 
+def with_small_files(words):
+    """Where no file may grow over 20 kB: what a full disk does."""
+    return ["bash", "-c", 'ulimit -f 20; exec "$@"', "bash", *words]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_ends_it_with_what_to_do_and_finished_parts_are_kept(tmp_path, processes):
+    (tmp_path / "a.txt").write_text("Il pleut sur le village.\n" * 200, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Il pleut sur le village.\n" * 24_000, encoding="utf-8")
+    words = words_for(
+        tmp_path / "out", tmp_path / "a.txt", tmp_path / "b.txt", part_megabytes=0.29, processes=processes
+    )
+    done = ended(with_small_files(words))
+    assert_refused(done, ".tmp cannot be written (", "File too large", "Free some space or name another folder")
+    assert not (tmp_path / "out").exists()
+    if processes == 1:
+        (kept,) = tmp_path.glob(".out.*.tmp/*.json")
+        assert kept.name == "000000-000000.json"
+
+
 def start_ranks(words, port, ranks=2):
     """As srun starts tasks: nobody watches over them."""
     environ = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -133,6 +153,18 @@ def test_a_mistake_that_another_rank_finds_is_told_by_rank_zero(tmp_path, port):
     assert "Error" not in one
 
 
+def test_a_full_disk_under_one_of_several_ranks_is_told_once_and_ends_all_with_code_2(tmp_path, port):
+    words = words_for(tmp_path / "out", TEXT, part_megabytes=0.06, processes=2)
+    environ = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    commands = [words, with_small_files(words)]
+    ranks = [start(each, environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank, each in enumerate(commands)]
+    (_, zero), (_, one) = communicate(ranks)
+    assert [process.returncode for process in ranks] == [2, 2], zero + one
+    assert zero.count("Error: ") == 1
+    assert "Free some space or name another folder" in zero
+    assert "Traceback" not in zero + one
+
+
 def test_a_killed_preparation_goes_on_and_keeps_its_finished_parts(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("".join(path.read_text() for path in sorted(TEXT.glob("*.txt"))) * 8, encoding="utf-8")
@@ -166,10 +198,10 @@ def wait_for_parts(folder, process, count):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [("--processes=0", "--processes 0: needed 1 or more"), ("--min_characters=-3", "min_characters=-3")],
-)
-def test_options_out_of_range_are_refused(commands, tmp_path, option, message):
-    words = ("--tokenizer", TEACHER, "--output", tmp_path / "out", "--input", TEXT)
-    assert_refused(commands.python("prepare", *words, option), message)
+@pytest.mark.parametrize("program", ["prepare", "evaluate", "doctor"])
+def test_a_mistake_on_the_command_line_is_told_once_whatever_the_ranks(commands, program):
+    needed = {"prepare": ["--input", TEXT, "--tokenizer", TEACHER, "--output", "out"], "doctor": []}
+    ended = commands.deepspeed(2, program, *needed.get(program, [TEACHER, "--output", "out"]), "--ouput=x")
+    assert ended.stderr.count("unrecognized arguments: --ouput=x") == 1, ended.stderr
+    assert "usage:" not in ended.stdout + ended.stderr
+    assert_refused(ended, "ConfigError: unrecognized arguments: --ouput=x")

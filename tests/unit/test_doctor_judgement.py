@@ -1,6 +1,7 @@
 """Whom the doctor names from given figures, and what it advises; what it measures is in tests/slurm."""
 
 import json
+import platform
 from itertools import combinations
 
 import pytest
@@ -17,7 +18,7 @@ MIB = 2**20
 def ranks(*hosts):
     same = {"torch": "2.13.0"}
     facts = {"device": "CPU", "memory_bytes": 2**34, "driver": None, "cpu": "EPYC", "threads": 1, "same": same}
-    facts |= {"devices_seen": 0, "cores_allowed": 2}
+    facts |= {"devices_seen": 0, "cores_allowed": 2, "slurm_node": None}
     return [{"host": host, "compiled": {"fused_adam": True}, "compiler": "/usr/bin/c++"} | facts for host in hosts]
 
 
@@ -209,6 +210,33 @@ def test_advice_leaves_out_slow_nodes_and_not_those_that_lack_something():
     told = advice.advise(ranks("node1", "node2"), [{"fp32": 1.0, "bf16": 2.0}] * 2, findings)
     assert [line for line in told if "--exclude" in line] == ["#SBATCH --exclude=node2"]
     assert told[-1].startswith("--deepspeed zero2_bf16 ")
+
+
+@pytest.mark.parametrize(
+    ("names", "excluded"),
+    [
+        (["node1", "node2"], "node2"),
+        ([None, None], "node2.cluster.fr"),  # not started by Slurm
+        (["node1", "node1"], "node2.cluster.fr"),  # a launcher that hands on the first node's environment
+    ],
+)
+def test_nodes_to_leave_out_have_the_name_that_slurm_knows(names, excluded):
+    facts = ranks("node1.cluster.fr", "node2.cluster.fr")
+    for each, name in zip(facts, names, strict=True):
+        each["slurm_node"] = name
+    findings = [Finding("node2.cluster.fr", "sends", "slow", 0.1)]
+    told = advice.advise(facts, [{"fp32": 1.0, "bf16": 2.0}] * 2, findings)
+    assert f"#SBATCH --exclude={excluded}" in told
+
+
+def test_a_rank_says_what_slurm_calls_its_node_beside_the_hosts_own_name(environ_of_nobody):
+    from distilcb.doctor.devices import describe_rank
+
+    environ_of_nobody.setattr(platform, "node", lambda: "node7.cluster.fr")
+    assert describe_rank()["slurm_node"] is None
+    environ_of_nobody.setenv("SLURMD_NODENAME", "node7")
+    found = describe_rank()
+    assert (found["host"], found["slurm_node"]) == ("node7.cluster.fr", "node7")
 
 
 def report(findings=()):

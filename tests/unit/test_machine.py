@@ -75,6 +75,43 @@ def test_an_environment_that_cannot_be_written_to_leaves_torch_its_own_folder(en
     assert machine.is_compiled("fused_adam")
 
 
+@pytest.mark.parametrize(
+    ("installed", "kind", "compiled"),
+    [(True, "cpu", True), (False, "cpu", False), (True, "cuda", False)],
+)
+def test_an_operator_that_deepspeed_was_installed_with_for_this_device_is_compiled(
+    environ_of_nobodys_tools, tmp_path, installed, kind, compiled
+):
+    environ_of_nobodys_tools.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "nothing"))
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed/__init__.py").write_text("raise AssertionError('imported')")
+    facts = f"installed_ops={{'fused_adam': {installed}, 'async_io': True}}\naccelerator_name='{kind}'\n"
+    (tmp_path / "deepspeed/git_version_info_installed.py").write_text(facts)
+    environ_of_nobodys_tools.delitem(sys.modules, "deepspeed", raising=False)
+    environ_of_nobodys_tools.syspath_prepend(tmp_path)
+    environ_of_nobodys_tools.setattr(machine, "uses_cuda", lambda: False)
+    assert machine.is_compiled("fused_adam") is compiled
+    assert not machine.is_compiled("deepspeed_shm_comm")
+
+
+def test_nvcc_is_found_where_torch_looks_for_it_and_else_in_path(environ_of_nobodys_tools, tmp_path):
+    from torch.utils import cpp_extension
+
+    environ_of_nobodys_tools.setattr(machine, "uses_cuda", lambda: True)
+    for name in ("cuda/bin", "path"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "nvcc").touch(mode=0o755)
+    environ_of_nobodys_tools.setattr(cpp_extension, "CUDA_HOME", str(tmp_path / "cuda"))
+    environ_of_nobodys_tools.setenv("PATH", str(tmp_path / "nowhere"))
+    assert machine.find_compiler() == str(tmp_path / "cuda/bin/nvcc")
+    environ_of_nobodys_tools.setenv("PATH", str(tmp_path / "path"))
+    for home in (str(tmp_path / "runtime_only"), None):
+        environ_of_nobodys_tools.setattr(cpp_extension, "CUDA_HOME", home)
+        assert machine.find_compiler() == str(tmp_path / "path/nvcc")
+    environ_of_nobodys_tools.setenv("PATH", str(tmp_path / "nowhere"))
+    assert machine.find_compiler() is None
+
+
 def test_a_compilation_elsewhere_is_waited_for(environ_of_nobodys_tools, tmp_path):
     environ_of_nobodys_tools.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "fused_adam" / "lock"

@@ -3,14 +3,20 @@
 import gzip
 import itertools
 import json
+import lzma
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
+from distilcb.config import REPOSITORY
 from distilcb.data.corpus import Damage, find_sources, opened, read_chunks, read_documents
-from distilcb.data.parts import Part, Stream, cut, share_out
+from distilcb.data.parts import Stream, cut, share_out
 from distilcb.data.workers import parts_of_share
 from distilcb.errors import DataError
 
@@ -44,7 +50,7 @@ def documents_of(part, sources, *, damage=None):
 def parts_in_order(units, sources, *, part_bytes, ranks=1):
     shares = share_out(units, ranks=ranks)
     each = [parts_of_share(share, sources, part_bytes=part_bytes, processes=4) for share in shares]
-    return sorted(itertools.chain(*each), key=lambda part: part.name)
+    return sorted(filter(None, itertools.chain(*each)), key=lambda part: part.name)
 
 
 @pytest.mark.parametrize("part_bytes", [1, 10, 97, 1000, 5000, 1 << 20])
@@ -106,9 +112,8 @@ def test_one_big_compressed_file_is_shared_evenly(tmp_path, ranks):
     lines = sentences(3000)
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     sources, units = units_of(tmp_path, 2000)
-    chunks = [
-        list(parts_of_share(share, sources, part_bytes=2000, processes=1)) for share in share_out(units, ranks=ranks)
-    ]
+    shares = share_out(units, ranks=ranks)
+    chunks = [filter(None, parts_of_share(share, sources, part_bytes=2000, processes=1)) for share in shares]
     sizes = [sum(len(part.chunk.text) for part in own) for own in chunks]
     assert sum(sizes) == len("\n".join(lines).encode())
     assert max(sizes) < 1.15 * sum(sizes) / ranks
@@ -162,10 +167,37 @@ def test_rows_of_a_data_set_are_cut_into_parts(tmp_path, monkeypatch):
     assert [document for part in units for document in documents_of(part, sources)] == lines
 
 
+CUT = """
+import sys
+from distilcb.data.corpus import find_sources
+from distilcb.data.parts import cut
+print(*cut(find_sources(sys.argv[1:]), text_field="text", part_bytes=700), sep="\\n")
+"""
+
+
 def test_the_cut_depends_on_the_sources_alone(tmp_path):
-    write_lines(tmp_path / "a.txt", sentences(100))
-    assert units_of(tmp_path, 700)[1] == units_of(tmp_path, 700)[1]
-    assert all(isinstance(unit, Part) for unit in units_of(tmp_path, 700)[1])
+    """Nor on cores, ranks, the time, or Python's hashes, which differ from process to process."""
+    for folder in ("one", "other/place"):
+        (tmp_path / folder).mkdir(parents=True)
+        write_lines(tmp_path / folder / "a.txt", sentences(100))
+        for number in range(9):
+            write_lines(tmp_path / folder / f"b{number}.txt", sentences(2, seed=number))
+        (tmp_path / folder / "c.txt.gz").write_bytes(gzip.compress(b"x\n" * 4000, mtime=0))
+    expected = [str(unit) for unit in units_of(tmp_path / "one", 700)[1]]
+    assert len(expected) > 10
+    first_core = min(os.sched_getaffinity(0))
+    for seed, ranks in (("1", "1"), ("2", "7")):
+        environ = os.environ | {"PYTHONHASHSEED": seed, "WORLD_SIZE": ranks, "SLURM_NTASKS": ranks}
+        found = subprocess.run(
+            [sys.executable, "-c", CUT, tmp_path / "other/place"],
+            cwd=REPOSITORY,
+            env=environ,
+            preexec_fn=lambda: os.sched_setaffinity(0, {first_core}),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert found.stdout.splitlines() == expected
 
 
 @pytest.mark.parametrize("bad_line", [0, 1, 57, 99])
@@ -190,6 +222,24 @@ def test_a_fault_in_a_chunk_of_a_stream_names_its_line(tmp_path, bad_line):
         list(itertools.chain(*(documents_of(part, sources) for part in parts)))
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_ranks_that_share_a_compressed_file_count_its_bytes_once(tmp_path, ranks):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(os.urandom(200_000).hex("\n", 40).encode()))
+    sources, units = units_of(tmp_path, 20_000)
+    parts = parts_in_order(units, sources, part_bytes=20_000, ranks=ranks)
+    assert len(parts) > 10
+    assert sum(part.size for part in parts) == (tmp_path / "a.txt.gz").stat().st_size
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.txt", "a.txt.v2.txt"])
+def test_a_plain_file_with_another_formats_name_within_its_own_is_cut(tmp_path, name):
+    lines = sentences(100)
+    write_lines(tmp_path / name, lines)
+    sources, units = units_of(tmp_path, 700)
+    assert len(units) > 5
+    assert list(itertools.chain(*(documents_of(part, sources) for part in units))) == lines
+
+
 def test_chunks_hold_whole_lines_and_take_the_whole_file(tmp_path):
     text = "".join(f"{line}\n" for line in sentences(500)).encode()
     path = tmp_path / "a.txt.gz"
@@ -203,6 +253,20 @@ def test_chunks_hold_whole_lines_and_take_the_whole_file(tmp_path):
         chunks[0].text.count(b"\n"),
         chunks[0].text.count(b"\n") + chunks[1].text.count(b"\n"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("gz", gzip.compress), ("xz", lzma.compress), ("zst", zstandard.compress)]
+)
+@pytest.mark.parametrize("chunk_bytes", [1, 4_000, 60_000, 1 << 20])
+def test_the_chunks_of_a_file_take_all_its_bytes_also_those_after_the_text(tmp_path, suffix, compress, chunk_bytes):
+    text = os.urandom(60_000).hex("\n", 500).encode() + b"\n"
+    path = tmp_path / f"a.txt.{suffix}"
+    path.write_bytes(compress(text) + compress(b"") * 2000)
+    chunks, sizes = zip(*read_chunks(path, chunk_bytes=chunk_bytes), strict=True)
+    assert b"".join(chunk.text for chunk in chunks) == text
+    assert sum(sizes) == path.stat().st_size
+    assert min(sizes) >= 0
 
 
 def test_a_stream_that_ends_in_the_middle_is_refused_by_name(tmp_path):

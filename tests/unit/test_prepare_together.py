@@ -4,6 +4,7 @@ import gzip
 import json
 import lzma
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from distilcb.data.prepare import prepare, prepare_cached
 from distilcb.data.prepare_command import cores_of_rank
 from distilcb.data.progress import Progress
 from distilcb.data.tokenizer import TextTokenizer
-from distilcb.errors import ConfigError, DataError
+from distilcb.errors import ConfigError, DataError, LaunchError
 from distilcb.launcher import World
 
 PART_BYTES = 4000
@@ -168,6 +169,17 @@ def test_a_start_that_was_killed_while_putting_parts_together_is_finished_by_the
     (folder / "assembled/blocks-00000.arrow").write_bytes(b"left")
     found = prepared([interrupted / "text"], interrupted / "store/out")
     assert found == prepared([interrupted / "text"], interrupted / "whole")
+
+
+def test_what_a_start_left_that_was_killed_when_it_had_named_the_output_goes_with_the_next(interrupted):
+    leftover = working_folder(interrupted / "store")
+    expected = prepared([interrupted / "text"], interrupted / "whole")
+    (interrupted / "whole").rename(interrupted / "store/out")
+    leftover.with_suffix(".lock").touch()
+    again = Numerals()
+    assert prepared([interrupted / "text"], interrupted / "store/out", tokenizer=again) == expected
+    assert again.calls == 0
+    assert [path.name for path in (interrupted / "store").iterdir()] == ["out"]
 
 
 def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
@@ -328,13 +340,43 @@ def port():
         return probe.getsockname()[1]
 
 
-def test_a_rank_that_gives_no_sign_of_life_is_named(port):
-    crew = RanksCrew(a_world(0, 2, port), silence_seconds=1.5)
+def test_a_rank_that_does_not_come_is_named(port):
+    crew = RanksCrew(a_world(0, 2, port), silence_seconds=0.1, meeting_seconds=2)
     started = time.monotonic()
-    with pytest.raises(DataError, match="rank 1 is gone: no sign of life for"):
+    with pytest.raises(DataError, match="rank 1 has not come within"):
         crew.gather("facts", 1)
-    assert 1 < time.monotonic() - started < 10
+    assert 1.5 < time.monotonic() - started < 10
     crew._left.set()
+
+
+def test_rank_zero_waits_longer_for_a_rank_to_come_than_for_one_that_was_there(port):
+    crew = RanksCrew(a_world(0, 2, port), silence_seconds=1.5, meeting_seconds=60)
+    with_rank_one(port, "import time; time.sleep(2.5)", "crew.gather('facts', 'here'); time.sleep(1)", "os._exit(0)")
+    assert crew.gather("facts", "zero") == ["zero", "here"]
+    with pytest.raises(DataError, match="rank 1 is gone: no sign of life for"):
+        crew.gather("more", 1)
+    crew._left.set()
+
+
+def test_where_rank_zero_is_not_met_both_causes_are_told(port):
+    with pytest.raises(LaunchError, match=r"Rank 0 has not come within 1 s.*Or the port is taken: set MASTER_PORT"):
+        RanksCrew(a_world(1, 2, port), meeting_seconds=1)
+
+
+RANK_ONE = """
+import os, sys, time
+{before}
+from distilcb.data.crew import RanksCrew
+from distilcb.launcher import World
+crew = RanksCrew(World("env", 1, 2, 1, 2, "127.0.0.1", {port}), silence_seconds={silence})
+{then}
+"""
+
+
+def with_rank_one(port, before, *then, silence=3):
+    """Starts rank one in a process of its own."""
+    program = RANK_ONE.format(port=port, before=before, then="\n".join(then), silence=silence)
+    return subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
 
 
 HOST = """
@@ -361,6 +403,44 @@ def test_a_rank_notices_that_rank_zero_is_killed(port):
     finally:
         host.kill()
         host.wait()
+
+
+@pytest.fixture
+def rank_zero(port):
+    """Its process, which waits."""
+    host = subprocess.Popen([sys.executable, "-c", HOST, str(port)], cwd=REPOSITORY, stdout=subprocess.PIPE)
+    assert host.stdout.readline() == b"there\n"
+    yield host
+    host.kill()
+    host.wait()
+
+
+def wait_until_it_beats(port):
+    from torch.distributed import PrefixStore, TCPStore
+
+    store = PrefixStore("prepare", TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
+    while store.add("beat/1", 0) < 2:
+        time.sleep(0.05)
+
+
+def test_a_rank_ends_where_rank_zero_stands_still(port, rank_zero):
+    one = with_rank_one(port, "", "crew.from_main('plan', lambda: None)")
+    wait_until_it_beats(port)
+    os.kill(rank_zero.pid, signal.SIGSTOP)
+    _, said = one.communicate(timeout=30)
+    assert one.returncode == 2
+    assert "[rank 1] DataError: rank 0 at 127.0.0.1 does not answer for" in said
+    assert "Traceback" not in said
+
+
+def test_a_rank_that_was_suspended_itself_goes_on(port, rank_zero):
+    one = with_rank_one(port, "", "time.sleep(14); os._exit(0)", silence=6)
+    wait_until_it_beats(port)
+    os.kill(one.pid, signal.SIGSTOP)
+    time.sleep(8)
+    os.kill(one.pid, signal.SIGCONT)
+    _, said = one.communicate(timeout=30)
+    assert one.returncode == 0, said
 
 
 @pytest.mark.parametrize(

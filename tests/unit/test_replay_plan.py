@@ -135,9 +135,20 @@ def test_without_a_checkpoint_the_ranks_are_those_of_the_first_start(make_run):
         planned(folder, 2, world_size=4)
 
 
-def test_the_ranks_of_a_step_are_those_that_saved_the_checkpoint_after_it(make_run):
-    folder = make_run(lines=[(4, 4), (8, 4)], checkpoints=[(4, 1)], ranks=2)
-    assert planned(folder, 2) == ((1, 4), 4, 0)  # begun on two ranks, and begun again on one before any checkpoint
+def test_steps_from_the_first_weights_were_taken_by_the_ranks_that_the_run_began_on(make_run, caplog):
+    """Resumed on one rank since, and the checkpoints of two are deleted."""
+    folder = make_run(lines=[(4, 4), (8, 4), (12, 4)], checkpoints=[(8, 1), (12, 1)], ranks=2)
+    assert planned(folder, 2, world_size=2) == ((1, 4), 4, 0)
+    assert "was begun on 2 rank(s), and step_00000008 was saved by 1" in caplog.text
+    with pytest.raises(CheckpointError, match=r"taken by 2 rank\(s\), not by 1"):
+        planned(folder, 2, world_size=1)
+
+
+def test_the_ranks_of_later_steps_are_those_that_saved_the_checkpoint_after_them(make_run, caplog):
+    folder = make_run(lines=[(4, 4), (8, 4), (12, 4)], checkpoints=[(4, 1), (8, 1)], ranks=2)
+    assert planned(folder, 6) == ((5, 8), 8, 4)
+    assert planned(folder, 9) == ((9, 12), 12, 8)
+    assert not caplog.text
 
 
 def test_steps_that_another_number_of_ranks_took_than_saved_the_checkpoint_are_refused(make_run):

@@ -1,12 +1,16 @@
 """Who may begin and go on with a run folder."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 import yaml
 
 from distilcb.command_line import CommandLine
 from distilcb.config import Config
 from distilcb.engine.deepspeed_config import state_layout
 from distilcb.errors import CheckpointError
+from distilcb.train import build
 from distilcb.train.run_folder import RunFolder, RunState
 
 FACTS = {"precision": "fp32", "teacher": "t", "text": {"train": "a"}, "deepspeed": state_layout({})}
@@ -89,3 +93,25 @@ def test_fresh_keeps_the_run_that_was_there_aside(start):
     assert names[0] == "one"
     assert (folder.path.parent / names[1] / "DONE").exists()
     assert "provenance" in yaml.safe_load((folder.path / "config.yaml").read_text())
+
+
+@pytest.mark.parametrize("checkpoint", [None, "one"])
+def test_a_start_that_finds_no_checkpoint_is_the_one_that_the_run_comes_from(start, monkeypatch, checkpoint):
+    begun = start()[1](slurm_job="7")
+    begun.leave()
+    before = yaml.safe_load(begun.config.read_text())
+    state, _ = start()
+    assert state is RunState.RESUMED
+    for name in ("check_free_disk", "save_recipe_of_model"):
+        monkeypatch.setattr(build, name, lambda *_, **__: None)
+    monkeypatch.setattr(build.Checkpoints, "newest_or_none_at_all", lambda _: checkpoint)
+    place = SimpleNamespace(world=SimpleNamespace(size=4))
+    models = SimpleNamespace(student=torch.nn.Linear(1, 1), tokenizer=SimpleNamespace(hugging_face=None))
+    folder = RunFolder(begun.path)
+    command = CommandLine(Config(), folder.path, folder.path, fresh=False, dry_run=False, words=())
+    build._begin(command, place, folder, state, models, FACTS)
+    after = yaml.safe_load(folder.config.read_text())
+    assert folder.provenance()["world_size"] == (1 if checkpoint else 4)
+    assert folder.provenance()["slurm_job"] == "7"
+    assert folder.changed_facts(FACTS) == folder.changed_settings(Config()) == []
+    assert (after == before) is bool(checkpoint)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import lzma
 import pickle
 import random
 import shutil
@@ -13,8 +14,8 @@ import pytest
 from distilcb.config import REPOSITORY
 from distilcb.data import sentence_pieces
 from distilcb.data.corpus import Damage, clean
-from distilcb.data.sentence_pieces import SentencePieceEncoder, faster_encoder, first_difference
-from distilcb.data.tokenizer import TextTokenizer
+from distilcb.data.sentence_pieces import SentencePieceEncoder, cut_only_at_spaces, faster_encoder, first_difference
+from distilcb.data.tokenizer import TextTokenizer, cut_at_spaces
 
 TEACHER = REPOSITORY / "recipes/mini/teacher"
 MODEL = TEACHER / "sentencepiece.bpe.model"
@@ -95,6 +96,50 @@ def test_a_long_document_is_one_row(teacher, encoder):
     document = " ".join(FRENCH * 40)
     assert len(document) > 80_000
     assert encoded(encoder, ["un", document, "", "deux"]) == teacher.encode(["un", document, "", "deux"])
+
+
+def joined(lines, *, characters):
+    return [text.strip() for text in cut_at_spaces(" ".join(lines), longest=characters)]
+
+
+def shipped_lines():
+    files = sorted((REPOSITORY / "recipes/mini/text").rglob("*.txt"))
+    return [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_shipped_text_in_long_documents_has_the_same_ids(encoder):
+    documents = joined(shipped_lines(), characters=49_000)
+    assert len(documents) > 5
+    assert first_difference(encoder, documents) is None
+
+
+@pytest.mark.parametrize("name", ["fr_valid", "fr_test"])
+def test_real_text_in_long_documents_has_the_same_ids(encoder, name, monkeypatch):
+    path = REPOSITORY.parent / f"shared/data/corpus/{name}.txt.xz"
+    if not path.is_file():
+        pytest.skip(f"needs real text: {path}")
+    with lzma.open(path, "rt", encoding="utf-8") as lines:
+        documents = joined(lines.read().splitlines(), characters=49_000)
+    assert first_difference(encoder, documents) is None
+    monkeypatch.setattr(sentence_pieces, "_SHORT_CHARACTERS", 50_000)
+    assert first_difference(encoder, documents) is not None  # else the cutting would be for nothing
+
+
+@pytest.mark.parametrize("longest", [1, 7, 10, 1000])
+@pytest.mark.parametrize(
+    "text", ["", "a", "un deux trois quatre", "x" * 25, "deux mots " + "y" * 30 + " et une fin", " a"]
+)
+def test_short_pieces_join_to_the_text_and_are_cut_before_spaces_only(text, longest):
+    pieces = list(cut_only_at_spaces(text, longest=longest))
+    assert "".join(pieces) == text
+    assert all(piece.startswith(" ") for piece in pieces[1:])
+    assert all(len(piece) <= longest or " " not in piece[1:] for piece in pieces)
+
+
+def test_a_word_too_long_for_the_library_goes_to_the_hugging_face_tokenizer(teacher, encoder):
+    words = joined(["".join(shipped_lines()).replace(" ", "").replace("...", "")], characters=49_000)
+    assert any(by_library_alone(encoder, word) != ids for word, ids in zip(words, teacher.encode(words), strict=True))
+    assert encoded(encoder, words) == teacher.encode(words)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
