@@ -128,8 +128,8 @@ class LossConfig:
 
 @section
 class OptimConfig:
-    name: Literal["adamw", "adamw_torch"] = "adamw"
-    """optimizer: adamw is DeepSpeed's fused Adam with decoupled weight decay, adamw_torch torch's own"""
+    name: Literal["adamw", "adamw_torch", "lamb"] = "adamw"
+    """adamw: DeepSpeed's fused Adam with decoupled weight decay; adamw_torch: torch's; lamb: for the largest batches"""
     global_batch: Count = 4096
     """sequences an optimizer step, over all ranks and accumulation"""
     micro_batch: Count = 8

@@ -30,6 +30,7 @@ IN_RECIPE = {
     "gradient_accumulation_steps": "optim.global_batch and optim.micro_batch, which it follows from",
     "gradient_clipping": "optim.clip",
     "optimizer": "optim.name, optim.lr, optim.betas, optim.eps, optim.weight_decay",
+    "zero_allow_untested_optimizer": "optim.name",
     "scheduler": "optim.schedule and optim.warmup",
     "checkpoint": "train.save_every",
     "steps_per_print": "train.log_every",
@@ -164,6 +165,7 @@ def build(
         "gradient_accumulation_steps": accumulation_steps(optim, world_size),
         "gradient_clipping": optim.clip,
         "data_types": data_types,
+        "zero_allow_untested_optimizer": optim.name == "lamb",  # tests/distributed/test_lamb.py tests it
         "steps_per_print": 2**31 - 1,  # our monitor prints
         # DeepSpeed's own throughput timer waits for the device twice in every micro-batch.
         "timers": {"throughput": {"enabled": False}},

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from distilcb.config import OptimConfig
 from distilcb.distributed import device
+from distilcb.engine.lamb import ShardedLamb
 from distilcb.errors import LaunchError, first_line
 
 
@@ -33,6 +34,8 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.Optimiz
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if optim.name == "adamw_torch":
         return torch.optim.AdamW(groups, fused=True, **settings)
+    if optim.name == "lamb":
+        return ShardedLamb(groups, **settings)
     from deepspeed.ops.adam import FusedAdam
 
     try:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distilcb.losses.logit_rows import LogitTerms, take_rows
+
 # Bytes of one fp32 chunk of logits. On a CPU a chunk should stay near the caches, on a GPU it should fill the device.
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
 # Leading dimension of the gradient buffer, in elements: the matrix products of CUDA want aligned rows, and
 # CamemBERT's vocabulary of 32,005 is odd.
@@ -126,8 +128,7 @@ class _StreamedHead(torch.autograd.Function):
             for start in range(0, stream.rows, pass_.chunk_rows):
                 stream.take_chunk(start, min(start + pass_.chunk_rows, stream.rows))
         if pass_.wants_gradient:
-            bias_gradient = None if bias is None else stream.grad_bias
-            ctx.save_for_backward(stream.grad_features, stream.grad_weight, bias_gradient)
+            ctx.save_for_backward(stream.grad_features, stream.grad_weight, stream.grad_bias)
             ctx.factor = stream.reference
             ctx.dtypes = (features.dtype, weight.dtype, None if bias is None else bias.dtype)
         sums = HeadSums(*stream.sums.unbind())
@@ -140,7 +141,7 @@ class _StreamedHead(torch.autograd.Function):
         # grad_loss carries the loss scale of fp16; applied here, in fp32, to gradients that had no count in them yet.
         factor = grad_loss.float() * ctx.factor
         gradients = [
-            (gradient * factor).to(dtype) if needed and gradient is not None else None
+            torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype)) if needed and dtype else None
             for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         ]
         return (*gradients, None, None, None)
@@ -161,97 +162,81 @@ class _Stream:
         self.features, self.weight, self.bias = features, weight, bias
         self.labels, self.teacher, self.pass_ = labels, teacher, pass_
         c = pass_.coefficients
-        soft = pass_.soft_rows if c.kl or c.mse else 0
-        hard = labels.numel() if c.mlm else 0
-        self.soft_rows, self.hard_rows = soft, hard
-        self.rows = max(soft, hard)  # rows beyond both need no product at all
+        self.soft_rows = pass_.soft_rows if c.kl or c.mse else 0
+        self.hard_rows = labels.numel() if c.mlm else 0
+        self.rows = max(self.soft_rows, self.hard_rows)  # rows beyond both need no product at all
         self.reference = max(c.kl, c.mlm, c.mse)
         device, fp32 = features.device, torch.float32
         self.sums = torch.zeros(3, device=device, dtype=fp32)
+        if not self.rows:
+            self.reference = 0.0
+        share = 1 / self.reference if self.reference else 0.0
+        self.terms = LogitTerms(c.kl * share, c.mlm * share, c.mse * share, pass_.temperature)
+        chunk = min(pass_.chunk_rows, self.rows)
+        self.student_logits = _logit_buffer(chunk, weight)
+        self.teacher_logits = _logit_buffer(min(chunk, self.soft_rows), weight)
         if pass_.wants_gradient:
             self.grad_features = torch.zeros(features.shape, device=device, dtype=fp32)
-            self.grad_weight = torch.zeros(weight.shape, device=device, dtype=fp32)
-            self.grad_bias = torch.zeros(weight.shape[0], device=device, dtype=fp32)
-            padded = -(-weight.shape[0] // ROW_ALIGNMENT) * ROW_ALIGNMENT
-            shape = (min(pass_.chunk_rows, max(self.rows, 1)), padded)
-            self.buffer = torch.empty(shape, device=device, dtype=features.dtype)
+            self.grad_weight = None if self.rows else torch.zeros(weight.shape, device=device, dtype=fp32)
+            self.grad_bias = None if bias is None else torch.zeros(weight.shape[0], device=device, dtype=fp32)
 
     def take_chunk(self, start: int, stop: int) -> None:
         """Add rows start..stop to the sums and the gradients."""
-        student = _logits(self.features[start:stop], self.weight, self.bias)
-        gradient = torch.zeros_like(student) if self.pass_.wants_gradient else None
-        soft = min(stop, self.soft_rows) - start
+        student = _logits(self.features[start:stop], self.weight, self.bias, self.student_logits)
+        soft, teacher = min(stop, self.soft_rows) - start, None
         if soft > 0:
             assert self.teacher is not None
             features, weight, bias = self.teacher
-            teacher = _logits(features[start : start + soft], weight, bias)
-            self._add_soft_targets(student[:soft], teacher, gradient[:soft] if gradient is not None else None)
-        hard = min(stop, self.hard_rows) - start
-        if hard > 0:
-            labels = self.labels[start : start + hard]
-            self._add_labels(student[:hard], labels, gradient[:hard] if gradient is not None else None)
-        if gradient is not None:
-            self._carry_back(gradient, start, stop)
+            teacher = _logits(features[start : start + soft], weight, bias, self.teacher_logits)
+        labels, wants = self.labels[start : min(stop, self.hard_rows)], self.pass_.wants_gradient
+        scale = self._half_precision_scale(student, teacher) if wants else None
+        self.sums += take_rows(student, teacher, labels, self.terms, scale=scale, wants_gradient=wants)
+        if wants:
+            self._carry_back(student, scale, start, stop)
 
-    def _add_soft_targets(self, student: Tensor, teacher: Tensor, gradient: Tensor | None) -> None:
-        c, temperature = self.pass_.coefficients, self.pass_.temperature
-        if c.mse:
-            difference = student - teacher
-            self.sums[2] += difference.square().sum()
-            if gradient is not None:
-                gradient.add_(difference, alpha=2 * c.mse / self.reference)
-        if c.kl:
-            student_log_probs = torch.log_softmax(student / temperature, dim=-1)
-            teacher_log_probs = torch.log_softmax(teacher / temperature, dim=-1)
-            teacher_probs = teacher_log_probs.exp()
-            kl = torch.sum(teacher_probs * (teacher_log_probs - student_log_probs))
-            self.sums[0] += temperature**2 * kl
-            if gradient is not None:
-                difference = student_log_probs.exp_().sub_(teacher_probs)
-                gradient.add_(difference, alpha=temperature * c.kl / self.reference)
+    def _carry_back(self, gradient: Tensor, scale: Tensor | None, start: int, stop: int) -> None:
+        back = _product(gradient, self.weight)
+        weight_gradient = _product(gradient.t(), self.features[start:stop])
+        if scale is not None:
+            back, weight_gradient = back.div_(scale), weight_gradient.div_(scale)
+        self.grad_features[start:stop] = back
+        # The first is not added to zeros: at 100 MB each, that is seen on a CPU.
+        self.grad_weight = (
+            weight_gradient.float() if self.grad_weight is None else self.grad_weight.add_(weight_gradient)
+        )
+        if self.grad_bias is not None:
+            bias_gradient = gradient.sum(0, dtype=torch.float32)
+            self.grad_bias += bias_gradient if scale is None else bias_gradient.div_(scale)
 
-    def _add_labels(self, student: Tensor, labels: Tensor, gradient: Tensor | None) -> None:
-        log_probs = torch.log_softmax(student, dim=-1)
-        at_label = log_probs.gather(1, labels[:, None])
-        self.sums[1] -= at_label.sum()
-        if gradient is not None:
-            share = self.pass_.coefficients.mlm / self.reference
-            gradient.add_(log_probs.exp_(), alpha=share)
-            gradient.scatter_add_(1, labels[:, None], torch.full_like(at_label, -share))
-
-    def _carry_back(self, gradient: Tensor, start: int, stop: int) -> None:
-        self.grad_bias += gradient.sum(0)
-        scale = self._half_precision_scale(gradient)
-        buffer = self.buffer[: stop - start, : gradient.shape[1]]
-        buffer.copy_(gradient if scale is None else gradient * scale)
-        back = _product(buffer, self.weight)
-        weight_gradient = _product(buffer.t(), self.features[start:stop])
-        self.grad_features[start:stop] = back if scale is None else back / scale
-        self.grad_weight += weight_gradient if scale is None else weight_gradient / scale
-
-    def _half_precision_scale(self, gradient: Tensor) -> Tensor | float | None:
+    def _half_precision_scale(self, student: Tensor, teacher: Tensor | None) -> Tensor | None:
         """A power of two that brings the largest possible entry near FP16_TARGET; None where range is no concern."""
-        if self.features.dtype != torch.float16:
+        if student.dtype != torch.float16:
             return None
-        c = self.pass_.coefficients
-        if c.mse:  # unbounded, so the chunk itself must tell; stays on the device
-            largest = gradient.abs().amax().clamp_min(1e-20)
-            return torch.exp2(torch.floor(torch.log2(FP16_TARGET / largest)))
-        bound = (self.pass_.temperature * c.kl + c.mlm) / self.reference
-        return 2.0 ** int(torch.log2(torch.tensor(FP16_TARGET / bound)).floor())
+        largest = torch.tensor(self.terms.temperature * self.terms.kl + self.terms.mlm).to(student.device)
+        if self.terms.mse and teacher is not None:  # unbounded, so the chunk itself must tell; stays on the device
+            distance = (student[: len(teacher)].float() - teacher.float()).abs().amax()
+            largest = largest + 2 * self.terms.mse * distance
+        return torch.exp2(torch.floor(torch.log2(FP16_TARGET / largest.clamp_min(1e-20))))
 
 
-def _logits(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(rows, vocab) fp32. The product is rounded once to the models' dtype, as in the models themselves."""
-    return torch.nn.functional.linear(features, weight, bias).float()
+def _logit_buffer(rows: int, weight: Tensor) -> Tensor:
+    """(rows, vocab) in the models' dtype, with rows that begin at multiples of ROW_ALIGNMENT."""
+    padded = -(-weight.shape[0] // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return torch.empty(rows, padded, device=weight.device, dtype=weight.dtype)[:, : weight.shape[0]]
+
+
+def _logits(features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
+    """(rows, vocab) in `buffer`: the product rounded once to the models' dtype, as in the models themselves."""
+    out = buffer[: len(features)]
+    if bias is None:
+        return torch.mm(features, weight.t(), out=out)
+    return torch.addmm(bias, features, weight.t(), out=out)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right in fp32, from operands of any dtype: sums over rows or vocabulary may leave fp16's range."""
-    if left.dtype == torch.float32:
-        return left @ right
-    if left.is_cuda:
+    """left @ right, to be added to an fp32 tensor; in fp16 too its entries, sums over many, stay in range."""
+    if left.is_cuda and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     if left.dtype == torch.float16:  # no CPU product of ours runs in fp16 but in tests
         return left.float() @ right.float()
-    return (left @ right).float()
+    return left @ right

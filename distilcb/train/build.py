@@ -24,6 +24,7 @@ from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import on_main
 from distilcb.engine import deepspeed_config
 from distilcb.engine.checkpoint import Checkpoint, Checkpoints
+from distilcb.engine.lamb import ShardedLamb
 from distilcb.engine.operators import FUSED_ADAM
 from distilcb.engine.optimizer import build_optimizer
 from distilcb.engine.step_module import StepModule
@@ -316,6 +317,8 @@ def start_engine(module: StepModule, config: Config, place: Place, *, load_unive
         ),
         dist_init_required=False,
     )
+    if isinstance(optimizer, ShardedLamb):
+        optimizer.learn_layout(module)
     engine.train()
     log.info("DeepSpeed is ready after %.0f s", time.perf_counter() - started)
     return engine

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-ROWS, LABELLED, HIDDEN, VOCAB = 300, 60, 64, 1003
+ROWS, LABELLED, HIDDEN, VOCAB = 300, 60, 64, 5003
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.float16, 5e-3), (torch.bfloat16, 3e-2)])

@@ -216,5 +216,5 @@ def test_wrong_shapes_are_refused():
 
 
 def test_chunks_fill_their_budget():
-    assert rows_per_chunk(32_005, "cpu") == (16 << 20) // (4 * 32_005)
+    assert rows_per_chunk(32_005, "cpu") == (64 << 20) // (4 * 32_005)
     assert rows_per_chunk(10**9, "cuda") == 16

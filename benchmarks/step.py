@@ -1,0 +1,261 @@
+"""A whole micro-step, teacher and student and update, beside the loop of the first Distil* scripts.
+
+python benchmarks/step.py [--quick] [--json FILE] [--report FILE] [--cases real,mini] [--profile FILE]
+
+Each contender takes optimizer steps of a few micro-batches in turn. Tokens are real ones: padding counts for nothing.
+benchmarks/original_loop.py says what the baseline is. The share of a matrix product is that of the rate at which this
+device multiplies (tokens, 768) x (768, 3072) in the same precision, in the same run.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from original_loop import OriginalLoop, padded_batches
+from side_by_side import medians, parser_of, peak_bytes, table, tell
+from torch import Tensor
+from transformers import CamembertConfig, CamembertForMaskedLM
+
+from distilcb import distributed
+from distilcb.command_line import parse_command_line
+from distilcb.config import DEFAULT_RECIPE, REPOSITORY, Config
+from distilcb.data.blocks import RandomBlocks
+from distilcb.data.loader import Batch, training_batches
+from distilcb.data.tokenizer import TextTokenizer
+from distilcb.losses.triplet import coefficients
+from distilcb.models.student import build_student
+from distilcb.models.teacher import Teacher
+from distilcb.monitor.metrics import ModelShape, flops_per_token
+from distilcb.train.build import DTYPES, Models, Place, take_place, wire_stepper
+
+MINI_TEXT = DEFAULT_RECIPE.parent / "mini" / "text" / "train"
+# Sizes of almanach/camembert-base and of the shipped teacher.
+REAL = {"vocab_size": 32_005, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+MINI = {"vocab_size": 8_005, "hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4}
+LAYERS = 12
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of the models and of a step."""
+
+    name: str
+    sizes: dict[str, int]
+    length: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def sequences(self) -> int:
+        return self.micro_batch * self.accumulation
+
+
+def cases(names: str, *, on_cuda: bool, quick: bool) -> list[Case]:
+    """What is measured here: as much as a step of seconds holds."""
+    if on_cuda:
+        real = [Case("real", REAL, 128, 96, 4), Case("real", REAL, 512, 24, 4)]
+        mini = [Case("mini", MINI, 128, 128, 4)]
+    elif quick:
+        real, mini = [Case("real", REAL, 128, 2, 1)], [Case("mini", MINI, 128, 8, 2)]
+    else:
+        real = [Case("real", REAL, 128, 4, 2), Case("real", REAL, 512, 2, 1)]
+        mini = [Case("mini", MINI, 128, 16, 2)]
+    chosen = {"real": real, "mini": mini}
+    return [case for name in names.split(",") for case in chosen[name]]
+
+
+class Ours:
+    """The stepper of training, on random words."""
+
+    def __init__(self, case: Case, config: Config, place: Place, models: Models) -> None:
+        size = case.sequences * place.world.size
+        optim = replace(config.optim, global_batch=size, micro_batch=case.micro_batch)
+        config = replace(config, optim=optim, data=replace(config.data, seq_len=case.length))
+        blocks = RandomBlocks(models.tokenizer.vocabulary, seq_len=case.length, blocks=64 * size)
+        self.engine, self.stepper, micro_batches, self.counts = wire_stepper(config, place, models, blocks)
+        self.batches: Iterator[Batch] = training_batches(
+            micro_batches, first_step=0, last_step=100_000, workers=1, pin_memory=place.device.type == "cuda"
+        )
+        self.steps = 0
+
+    def step(self, *, kl_positions: str) -> None:
+        """One optimizer step; the losses are not read."""
+        loss = replace(self.stepper.loss, kl_positions=kl_positions)
+        self.stepper.loss = self.engine.module.loss = loss
+        self.stepper.coefficients = coefficients(loss, self.counts, world_size=self.stepper.cut.world_size)
+        self.stepper.step(self.steps, self.batches)
+        self.steps += 1
+
+
+def main(words: list[str]) -> None:
+    parser = parser_of(__doc__ or "")
+    parser.add_argument("--cases", default="real,mini", help="of real and mini (default: both)")
+    parser.add_argument("--rounds", type=int, help="turns of each contender (default: 5, with --quick 1)")
+    parser.add_argument("--profile", type=Path, help="write a trace of one step of ours there, for chrome://tracing")
+    parser.add_argument("--local_rank", help="set by launchers")
+    options = parser.parse_args(words)
+    recipe = ["--recipe", str(REPOSITORY / "recipes" / "distilcamembert.yaml"), "--data.train", "none"]
+    # Every case takes fewer sequences than the recipe does; one a micro-batch divides on any number of ranks.
+    command = parse_command_line([*recipe, "--optim.micro_batch", "1", "--optim.clip", "5.0"])
+    place = take_place(command)
+    on_cuda = place.device.type == "cuda"
+    figures: dict[str, Any] = {"precision": place.precision}
+    rounds = options.rounds or (1 if options.quick else 5)
+    parts = []
+    for case in cases(options.cases, on_cuda=on_cuda, quick=options.quick):
+        parts.append(measure(case, command.config, place, rounds, figures, options.profile))
+    tell("One step", "\n\n".join(parts), figures, options, "python benchmarks/step.py " + " ".join(words))
+    distributed.stop()
+
+
+def measure(
+    case: Case, config: Config, place: Place, rounds: int, figures: dict[str, Any], profile: Path | None
+) -> str:
+    """All contenders of a case in turn, as Markdown."""
+    device, half = place.device, DTYPES[place.precision]
+    torch.manual_seed(0)
+    shape = {"max_position_embeddings": 514, "type_vocab_size": 1, "num_hidden_layers": LAYERS, "pad_token_id": 1}
+    teacher = CamembertForMaskedLM(CamembertConfig(**case.sizes, **shape))
+    tokenizer = TextTokenizer(str(DEFAULT_RECIPE.parent / "mini" / "teacher"))
+    student, family = build_student(
+        config.student, teacher=teacher, vocab_size=tokenizer.vocabulary.size, seed=config.train.seed
+    )
+    vocab = case.sizes["vocab_size"]
+    full = padded_batches([case.length] * 4096, size=case.micro_batch, vocab=vocab, seed=0)
+    lengths = sentence_lengths(tokenizer, case.length)
+    padded = padded_batches(lengths, size=case.micro_batch, vocab=vocab, seed=0)
+    loops = {
+        "original loop, fp32": (
+            OriginalLoop(teacher, student, device=device, dtype=torch.float32, masked_only=False),
+            full,
+        ),
+        "original loop, fp32, padded": (None, padded),
+        "original loop, fp32, KL on masked": (
+            OriginalLoop(teacher, student, device=device, dtype=torch.float32, masked_only=True),
+            full,
+        ),
+        f"original loop, {place.precision}": (
+            OriginalLoop(teacher, student, device=device, dtype=half, masked_only=False),
+            full,
+        ),
+    }
+    seen: dict[str, list[int]] = {}
+    contenders: dict[str, Callable[[], Any]] = {}
+    first = None
+    for name, (loop, batches) in loops.items():
+        first = loop = loop or first
+        seen[name] = [0, 0]
+        contenders[name] = _turn(loop, batches, case.accumulation, seen[name])
+    models = Models(Teacher(teacher.to(device, half)), student, family, tokenizer)
+    ours = Ours(case, config, place, models)
+    contenders["ours"] = lambda: ours.step(kl_positions="attended")
+    contenders["ours, KL on masked"] = lambda: ours.step(kl_positions="masked")
+    rate = _product_rate(case, half, device)
+    seconds = medians(contenders, rounds=rounds)
+    memory = {name: peak_bytes(contender) for name, contender in contenders.items()}
+    if profile:
+        _profile(contenders["ours"], profile.with_stem(f"{profile.stem}_{case.name}_{case.length}"))
+    tokens = case.sequences * case.length
+    padding = {name: 1 - real / shown for name, (real, shown) in seen.items()}
+    speeds = {name: tokens / seconds[name] for name in contenders}
+    for name, (real, shown) in seen.items():
+        turns = rounds + 3  # one to warm up and two for memory
+        speeds[name] = real / turns / seconds[name]
+        assert shown >= real
+    base = speeds["original loop, fp32"]
+    rows = []
+    for name in contenders:
+        masked = "masked" in name
+        flops = _flops(case, masked=masked)
+        named = {
+            "tokens_per_second": speeds[name],
+            "speed_over_original": speeds[name] / base,
+            "share_of_product_rate": speeds[name] * flops / rate,
+            "peak_bytes": memory[name],
+            "padding_share": padding.get(name, 0.0),
+        }
+        figures[f"{case.name}, length {case.length}: {name}"] = named
+        rows.append(
+            (
+                name,
+                f"{speeds[name]:,.0f}",
+                f"{speeds[name] / base:.2f}",
+                f"{named['share_of_product_rate']:.0%}",
+                f"{memory[name] / 1e6:,.0f}",
+                f"{named['padding_share']:.0%}",
+            )
+        )
+    head = ["", "tokens/s", "original, fp32 = 1", "of a product's rate", "peak MB beyond the models", "padding"]
+    return (
+        f"## {case.name} size: hidden {case.sizes['hidden_size']}, vocabulary {vocab:,}, length {case.length}\n\n"
+        f"{LAYERS} to {student.config.num_hidden_layers} layers, {case.accumulation} micro-batch(es) of "
+        f"{case.micro_batch} sequences a step, ours in {place.precision}; median of {rounds} in turn. A product runs "
+        f"at {rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
+    )
+
+
+def _turn(
+    loop: OriginalLoop, batches: Iterator[tuple[Tensor, Tensor]], accumulation: int, seen: list[int]
+) -> Callable[[], None]:
+    def turn() -> None:
+        taken = list(islice(batches, accumulation))
+        seen[0] += sum(int(lengths.sum()) for _, lengths in taken)
+        seen[1] += sum(ids.numel() for ids, _ in taken)
+        loop.step(taken)
+
+    return turn
+
+
+def sentence_lengths(tokenizer: TextTokenizer, longest: int) -> list[int]:
+    """Tokens of the shipped text's sentences, two separators included, cut at `longest`."""
+    text = " ".join(path.read_text(encoding="utf-8") for path in sorted(MINI_TEXT.glob("*.txt")))
+    sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence.strip()]
+    return [min(len(ids), longest) for ids in tokenizer.hugging_face(sentences)["input_ids"]]
+
+
+def _flops(case: Case, *, masked: bool) -> float:
+    def shape(layers: int) -> ModelShape:
+        sizes = case.sizes
+        return ModelShape(layers, sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"])
+
+    share = 0.15 if masked else 1.0
+    return flops_per_token(shape(LAYERS // 2), shape(LAYERS), seq_len=case.length, soft_share=share, head_share=share)
+
+
+def _product_rate(case: Case, dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of the feed-forward layer's product at the real size, with as many rows as a micro-batch has."""
+    rows, hidden, inner = case.micro_batch * case.length, REAL["hidden_size"], REAL["intermediate_size"]
+    left = torch.randn(rows, hidden, device=device, dtype=dtype)
+    right = torch.randn(hidden, inner, device=device, dtype=dtype)
+    repeats = 20 if device.type == "cuda" else 1
+
+    def product() -> None:
+        for _ in range(repeats):
+            left @ right
+
+    seconds = medians({"product": product}, rounds=9)["product"]
+    return 2.0 * rows * hidden * inner * repeats / seconds
+
+
+def _profile(step: Callable[[], Any], path: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+    with profile(activities=activities) as trace:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(path))
+    order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    text = trace.key_averages().table(sort_by=order, row_limit=40)
+    path.with_suffix(".txt").write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(distributed.exit_code(main))

@@ -1,0 +1,134 @@
+"""The pass over a chunk of logits: loss sums, and in the student's place the gradient with respect to it.
+
+Every row is taken by itself: log-sum-exps of student and teacher, KL at temperature T, cross-entropy at its label,
+squared distance. On a CPU a few rows at a time go through vectorised operations, so that what one of them writes is
+still in the cache when the next one reads it; on CUDA a Triton kernel takes a row a program. docs/objective.md derives
+the formulas.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# fp32 bytes of the rows that are worked on together: four arrays of them fit beside each other in a core's share of
+# the caches. Larger ones were slower, smaller ones pay for more calls (docs/results/head.md).
+_BYTES_AT_ONCE = {"cpu": 1 << 19, "cuda": 64 << 20}
+
+
+@dataclass(frozen=True)
+class LogitTerms:
+    """Factors of the gradient of each term; a term whose factor is 0 is left out, and its sum is 0.
+
+    kl, mlm, mse: what each term's sum is multiplied with, over the factor that is applied later.
+    temperature: T > 0 of the KL term, whose sum includes T^2.
+    """
+
+    kl: float
+    mlm: float
+    mse: float
+    temperature: float
+
+
+def take_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    terms: LogitTerms,
+    *,
+    scale: Tensor | None = None,
+    wants_gradient: bool = True,
+) -> Tensor:
+    """(3,) fp32 sums of kl, mlm and mse over the rows; `student` becomes the gradient where one is wanted.
+
+    Args:
+        student: (rows, vocab) logits of any float dtype, the last dimension contiguous; overwritten.
+        teacher: (soft, vocab) logits for the first rows, which kl and mse are taken on; None: no such row.
+        labels: (hard,) int64 targets of the first rows, for mlm.
+        scale: scalar fp32 on the device that the gradient is multiplied with before it is rounded; None: 1.
+        wants_gradient: otherwise `student` stays as it is.
+    """
+    if student.is_cuda and _triton_is_here():
+        from distilcb.losses.logit_kernel import take_rows_in_kernel
+
+        return take_rows_in_kernel(student, teacher, labels, terms, scale, wants_gradient)
+    return take_rows_vectorised(student, teacher, labels, terms, scale, wants_gradient)
+
+
+@cache
+def _triton_is_here() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def take_rows_vectorised(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, terms: LogitTerms, scale: Tensor | None, wants: bool
+) -> Tensor:
+    """As `take_rows`, in torch's own operations on a few rows at a time."""
+    rows, vocab = student.shape
+    at_once = max(1, _BYTES_AT_ONCE.get(student.device.type, _BYTES_AT_ONCE["cuda"]) // (4 * vocab))
+    work = _Work(min(at_once, rows), vocab, student.device)
+    sums = torch.zeros(3, device=student.device, dtype=torch.float32)
+    soft_rows = 0 if teacher is None or not (terms.kl or terms.mse) else teacher.shape[0]
+    hard_rows = labels.shape[0] if terms.mlm else 0
+    for start in range(0, rows, at_once):
+        stop = min(start + at_once, rows)
+        logits = work.student[: stop - start].copy_(student[start:stop])
+        gradient = work.gradient[: stop - start]
+        soft, hard = max(0, min(stop, soft_rows) - start), max(0, min(stop, hard_rows) - start)
+        if soft:
+            assert teacher is not None
+            _add_soft_targets(work, logits[:soft], teacher[start : start + soft], gradient[:soft], terms, sums)
+        gradient[soft:].zero_()
+        if hard:
+            _add_labels(work, logits[:hard], labels[start : start + hard], gradient[:hard], terms, sums)
+        if wants:
+            student[start:stop].copy_(gradient if scale is None else gradient.mul_(scale))
+    return sums
+
+
+class _Work:
+    """fp32 arrays of a few rows, used again and again while they are in the cache."""
+
+    def __init__(self, rows: int, vocab: int, device: torch.device) -> None:
+        space = torch.empty(4, rows, vocab, device=device, dtype=torch.float32)
+        self.student, self.teacher, self.gradient, self.spare = space.unbind()
+
+
+def _add_soft_targets(
+    work: _Work, student: Tensor, teacher: Tensor, gradient: Tensor, terms: LogitTerms, sums: Tensor
+) -> None:
+    """`gradient` is written. Under it lies what the sums need on the way."""
+    rows = len(student)
+    target, spare = work.teacher[:rows].copy_(teacher), work.spare[:rows]
+    distance = None
+    if terms.mse:
+        distance = student - target
+        sums[2] += distance.square().sum()
+    if terms.kl:
+        student_log_probs = torch.log_softmax(torch.mul(student, 1 / terms.temperature, out=spare), -1, out=gradient)
+        teacher_log_probs = torch.log_softmax(target.mul_(1 / terms.temperature), -1, out=spare)
+        teacher_probs = torch.exp(teacher_log_probs, out=target)
+        teacher_log_probs.sub_(student_log_probs).mul_(teacher_probs)
+        sums[0] += terms.temperature**2 * teacher_log_probs.sum()
+        student_log_probs.exp_().sub_(teacher_probs).mul_(terms.temperature * terms.kl)
+    else:
+        gradient.zero_()
+    if distance is not None:
+        gradient.add_(distance, alpha=2 * terms.mse)
+
+
+def _add_labels(
+    work: _Work, student: Tensor, labels: Tensor, gradient: Tensor, terms: LogitTerms, sums: Tensor
+) -> None:
+    log_probs = torch.log_softmax(student, -1, out=work.spare[: len(student)])
+    at_label = log_probs.gather(1, labels[:, None])
+    sums[1] -= at_label.sum()
+    gradient.add_(log_probs.exp_(), alpha=terms.mlm)
+    gradient.scatter_add_(1, labels[:, None], torch.full_like(at_label, -terms.mlm))
