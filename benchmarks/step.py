@@ -1,6 +1,6 @@
 """A whole micro-step, teacher and student and update, beside the loop of the first Distil* scripts.
 
-python benchmarks/step.py [--quick] [--json FILE] [--report FILE] [--cases real,mini] [--profile FILE] [--section.name ...]
+python benchmarks/step.py [--quick] [--json FILE] [--report FILE] [--cases real,mini] [--profile FILE] [SETTINGS]
 
 Each contender takes optimizer steps of a few micro-batches in turn. Tokens are real ones: padding counts for nothing.
 benchmarks/original_loop.py says what the baseline is. The share of a matrix product is that of the rate at which this
