@@ -51,3 +51,22 @@ def test_what_wants_a_gpu_says_so_where_there_is_none(tmp_path):
     ended = run("env", f"PYTHON={sys.executable}", "bash", "benchmarks/gpu_all.sh", tmp_path / "out")
     assert ended.returncode == 2
     assert "torch sees no CUDA device" in ended.stderr
+
+
+def test_the_benchmark_of_preparing_has_ours_and_the_others(tmp_path):
+    words = ["--quick", "--megabytes", "2", "--folder", tmp_path, "--json", tmp_path / "f.json"]
+    ended = run(sys.executable, "benchmarks/prepare.py", *words)
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["ours, 1 process(es)"]["over_line_by_line"] > 1
+    assert figures["the original's way"]["over_the_original"] == 1
+    assert 50e6 < figures["peak_bytes_of_a_process"] < 2e9
+
+
+def test_the_loaders_benchmark_tells_rows_and_waiting(tmp_path):
+    words = ["--quick", "--megabytes", "2", "--folder", tmp_path, "--json", tmp_path / "f.json"]
+    ended = run(sys.executable, "benchmarks/loader.py", *words)
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads((tmp_path / "f.json").read_text())
+    assert figures["shuffled and masked, in this process"]["rows_per_second"] > 100
+    assert 0 <= figures["share_of_a_step_waited"] < 0.5
