@@ -83,8 +83,8 @@ def main(words: list[str]) -> None:
             )
         )
     text = (
-        f"{megabytes} MB of French for ours, a quarter of it for the others, blocks of {SEQ_LEN}, median of {rounds} in "
-        "turn; one process of ours beside one of theirs is the ratio a core.\n\n"
+        f"{megabytes} MB of French for ours, a quarter of it for the others, blocks of {SEQ_LEN}, median of {rounds} "
+        "in turn; one process of ours beside one of theirs is the ratio a core.\n\n"
         + table(["", "MB/s", "tokens/s", "line by line = 1", "the original = 1"], rows)
         + f"\n\nPeak memory of one process of ours: {peak / 1e6:,.0f} MB."
     )
