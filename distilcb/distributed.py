@@ -70,6 +70,9 @@ def start(*, use_mpi: bool = False, timeout_minutes: float = 30) -> World:
         keep_freed_memory()
         quiet_accelerator_search()
     if _process_group() is None:
+        if is_task_of_several(os.environ):
+            # While torch waits for the others no handler of Python's runs, so srun could not end this one.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _meet(world, timeout=timedelta(minutes=timeout_minutes))
     return world
 
@@ -262,7 +265,7 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if is_task_of_several(os.environ):
         # Where one has failed, srun ends the others, of which some have not come as far as to find the same fault. It
-        # reports the largest exit code, and that of SIGTERM would hide what the first one said.
+        # reports the largest exit code, and that of SIGTERM would hide what the first one said. Until ranks meet.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     try:
         main(sys.argv[1:])
@@ -297,8 +300,12 @@ def _show_and_end_among_ranks() -> None:
 def _tell_and_end(error: Exception) -> int:
     code = 2 if isinstance(error, UserError) else 1
     prefix = ""
-    if isinstance(error, RankZeroLostError) and os.environ.get("RANK") == "1":
-        print(f"[rank 1] TrainingError: {error}", file=sys.stderr, flush=True)
+    # Rank 1, and where it went with rank 0's machine the first rank of the next one.
+    if isinstance(error, RankZeroLostError) and (rank := os.environ["RANK"]) in (
+        "1",
+        os.environ.get("LOCAL_WORLD_SIZE"),
+    ):
+        print(f"[rank {rank}] TrainingError: {error}", file=sys.stderr, flush=True)
     if not is_main_process():
         # Launchers end the others with SIGTERM once rank zero has failed, and srun reports the largest exit code.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))

@@ -162,6 +162,8 @@ class Watchdog:
         self._unanswered_seconds = 0.0
         self._judged_at = time.monotonic()
         self._fault_seen_at = time.monotonic()
+        self._beats_at_loss: tuple[float, dict[int, int]] | None = None
+        self._ends_process = threading.Lock()  # taken for good by the one thread that ends this process
         self._stopped = threading.Event()
         self._end: Callable[[int], Any] = os._exit
 
@@ -186,30 +188,22 @@ class Watchdog:
     def lost(self, error: Exception) -> TrainingError:
         """The error of a collective whose other side is gone, told by who it was.
 
-        The rank may have left word. Else the beats tell rank zero: those that live go on with them while they wait
-        here. Only rank zero looks at all of them; a thousand ranks that did would keep its store busy.
+        Only the neighbours of a dead rank notice by themselves, so they leave word in the store, and rank zero's thread
+        looks who still beats, as all that live go on to do while they wait here. Its verdict ends every rank.
         """
-        started, before = time.monotonic(), dict.fromkeys(range(self.world.size), -1)
-        sights = {rank: Sight() for rank in before}
+        if not self._ends_process.acquire(blocking=False):
+            time.sleep(2 * _VERDICT_IS_READ_WITHIN_SECONDS)  # in which the thread that watches does, and has told why
+        deadline = time.monotonic() + _LOOK_FOR_LOST_SECONDS + 2 * _VERDICT_IS_READ_WITHIN_SECONDS
         try:
-            while time.monotonic() - started < _LOOK_FOR_LOST_SECONDS:
-                if fault := self._confessed():
-                    return TrainingError(self._told(fault, error))
-                if self.world.is_main:
-                    self._see(sights)
-                    for rank, sight in sights.items():
-                        if before[rank] == -1:
-                            before[rank] = sight.beat
+            self.store.set("lost", str(self.world.rank))
+            while time.monotonic() < deadline:
+                if self.store.check(["verdict"]):
+                    return TrainingError(self._told(self.store.get("verdict").decode(), error))
                 time.sleep(_BEAT_SECONDS / 4)
         except Exception:
             where = f"rank 0 at {self.world.master_addr} is gone, and with it the place where ranks meet"
             return RankZeroLostError(self._told(where, error))
-        if not self.world.is_main:
-            return TrainingError(self._told("another rank is gone, which rank 0 names", error))
-        gone = {rank: sight for rank, sight in sights.items() if sight.beat == before[rank]}
-        if not gone:
-            return TrainingError(self._told("every rank still lives: the connection between them broke", error))
-        return TrainingError(self._told(f"{_name(gone)} is gone, last seen in {_where(gone)}", error))
+        return TrainingError(self._told("another rank is gone", error))
 
     def _told(self, what: str, error: Exception) -> str:
         return f"step {_position.step}: {what}. {self.advice} ({first_line(error)})"
@@ -221,7 +215,7 @@ class Watchdog:
                 self._unanswered_seconds = 0.0
             except Exception:  # the store's errors have no class in common
                 verdict = None
-            if verdict and not self._stopped.is_set():
+            if verdict and not self._stopped.is_set() and self._ends_process.acquire(blocking=False):
                 self._carry_out(verdict)
                 return
             self._stopped.wait(_BEAT_SECONDS)
@@ -265,9 +259,23 @@ class Watchdog:
         verdict = judge(self._sights, now=now, silence_seconds=silence, stall_seconds=stall)
         if (fault := self._confessed()) and time.monotonic() - self._fault_seen_at > _VERDICT_IS_READ_WITHIN_SECONDS:
             verdict = fault  # and this rank has not met the same one
-        if verdict:
+        if verdict := verdict or self._who_is_lost():
             self.store.set("verdict", verdict)
         return verdict
+
+    def _who_is_lost(self) -> str | None:
+        """Who has not beaten since a rank left word that another is gone; None where none did, or it is too early."""
+        if not self.store.check(["lost"]):
+            return None
+        if self._beats_at_loss is None:
+            self._beats_at_loss = time.monotonic(), {rank: sight.beat for rank, sight in self._sights.items()}
+        since, beats = self._beats_at_loss
+        if time.monotonic() - since < _LOOK_FOR_LOST_SECONDS:
+            return None
+        gone = {rank: sight for rank, sight in self._sights.items() if sight.beat == beats[rank]}
+        if not gone:
+            return "every rank still lives: the connection between them broke"
+        return f"{_name(gone)} is gone, last seen in {_where(gone)}"
 
     def _forgive_own_absence(self) -> None:
         """Time in which this process did not look, because its job was suspended, is not the other ranks' silence."""

@@ -4,7 +4,8 @@
 #   say WORDS       a line with the time, for the job's log
 #   refuse WORDS    an error message, and the job ends with exit code 2
 #   launch WORDS    srun of $python, a task a rank, in the background; waits for it through signals; $? is srun's
-#   state_of_job    what Slurm says of this job: RUNNING, COMPLETING, ...
+#   is_running      whether this job is to go on, as far as Slurm says: not COMPLETING, CANCELLED, ...
+#   is_preempted    whether Slurm has taken the nodes of this start for another job
 
 say() { echo "$(date +%FT%T) $*"; }
 
@@ -57,4 +58,17 @@ launch() {
     done
 }
 
-state_of_job() { squeue --noheader --jobs "$SLURM_JOB_ID" --format=%T 2>/dev/null; }
+is_running() {
+    case $(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%T 2>/dev/null) in
+    RUNNING | SIGNALING) ;; # the second while a signal is on its way
+    *) return 1 ;;
+    esac
+}
+
+is_preempted() {
+    local facts preempted started
+    facts=" $(scontrol --oneliner show job "$SLURM_JOB_ID" 2>/dev/null)"
+    preempted=$(sed -n 's/.* PreemptTime=\([0-9][^ ]*\).*/\1/p' <<< "$facts")
+    started=$(sed -n 's/.* StartTime=\([0-9][^ ]*\).*/\1/p' <<< "$facts")
+    [ -n "$preempted" ] && [[ ! "$preempted" < "$started" ]] # an earlier start's is older
+}

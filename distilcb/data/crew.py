@@ -240,7 +240,8 @@ class RanksCrew(Crew):
                 f"ranks cannot meet at {address}, port {port} ({first_line(error)}). {causes or 'Perhaps '}the port is "
                 "taken: set MASTER_PORT to a free one, the same for every rank."
             ) from error
-        return PrefixStore("prepare", store)
+        # Under torchrun the store outlives the ranks; those that it starts again find nothing of the first ones.
+        return PrefixStore(f"prepare/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 # The other ranks wait for 30 minutes.
 _CONVERTED_WITHIN_SECONDS = 1500.0
+# A network file system may keep a directory's listing for as long.
+_SHARDS_ARE_SEEN_WITHIN_SECONDS = 90.0
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -138,9 +141,7 @@ class Checkpoints:
 
     def _complete(self, temporary: Path, final: Path, step: int, world_size: int) -> None:
         try:
-            shards = len(list(temporary.glob("*_optim_states.pt")))
-            if shards not in (0, world_size):  # none: not sharded
-                raise OSError(f"{shards} shards of {world_size} ranks are seen from rank 0")
+            _see_shards(temporary, world_size)
             self._write_manifest(temporary, step, world_size)
             if final.exists():  # damaged, or from a start that died before it could go on
                 shutil.rmtree(final)
@@ -218,10 +219,22 @@ def write_durably(path: Path, text: str) -> None:
     _sync_folder(path.parent)
 
 
+def _see_shards(folder: Path, world_size: int) -> None:
+    """Wait until rank zero sees what every rank has written; OSError where it does not come."""
+    deadline = time.monotonic() + _SHARDS_ARE_SEEN_WITHIN_SECONDS
+    while (shards := len(list(folder.glob("*_optim_states.pt")))) not in (0, world_size):  # none: not sharded
+        if time.monotonic() > deadline:
+            raise OSError(
+                f"{shards} shards of {world_size} ranks are seen from rank 0 after "
+                f"{_SHARDS_ARE_SEEN_WITHIN_SECONDS:.0f} s: is it one file system on all nodes?"
+            )
+        time.sleep(0.5)
+
+
 def _unwritable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be written ({error}). The checkpoints before it are good; free some space and run the same "
-        "command again."
+        f"{path} cannot be written ({error}). The checkpoints before it are good; mend that, by freeing some "
+        "space where the disk is full, and run the same command again."
     )
 
 

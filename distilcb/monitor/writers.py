@@ -4,12 +4,15 @@ import json
 import logging
 import os
 import sys
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+
+from distilcb.errors import CheckpointError, writing
 
 log = logging.getLogger(__name__)
 
@@ -129,11 +132,16 @@ class RunWriter:
 
     def sync(self) -> None:
         """Bring every line to disk: a checkpoint that outlives a power failure must not be ahead of them."""
-        os.fsync(self._lines.fileno())
+        with self._writing():
+            os.fsync(self._lines.fileno())
 
     def _write_line(self, record: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
+        with self._writing():
+            self._lines.write(json.dumps(record) + "\n")
+            self._lines.flush()
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.path, CheckpointError, "Free some space and run the same command again.")
 
 
 def _keep_lines_up_to(path: Path, step: int, *, and_evaluation: bool) -> None:

@@ -142,8 +142,9 @@ def build(command: CommandLine) -> Run | None:
         return None
     if state is RunState.DONE:
         log.info("%s is DONE: nothing to do. --fresh starts anew and keeps it aside.", folder.path)
-        for line in on_main(lambda: folder.not_compared(command)):
-            log.warning("what it was made from is not compared: %s", line)
+        if place.world.is_main:
+            for line in folder.not_compared(command):
+                log.warning("what it was made from is not compared: %s", line)
         return None
     for names in (config.data.train, config.data.heldout):
         if not prepared_folder(names):

@@ -141,7 +141,10 @@ class RunFolder:
 
     def _was_begun_by_this_job(self) -> bool:
         """Whether an earlier slice of this Slurm job has made the folder."""
-        return is_later_slice(os.environ) and self.provenance().get("slurm_job") == slurm_job(os.environ)
+        try:
+            return is_later_slice(os.environ) and self.provenance().get("slurm_job") == slurm_job(os.environ)
+        except CheckpointError:
+            return False
 
     def leave(self) -> None:
         """Let other processes into the folder."""

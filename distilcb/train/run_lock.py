@@ -97,6 +97,7 @@ def _who_we_are() -> dict[str, Any]:
         "pid": os.getpid(),
         "process_started": _start_of(os.getpid()),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "slurm_cluster": os.environ.get("SLURM_CLUSTER_NAME"),
         "since": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -117,26 +118,28 @@ def _is_there(path: Path, holder: dict[str, Any]) -> bool:
         return holder.get("pid") != os.getpid() and _start_of(holder.get("pid")) == holder.get("process_started")
     if holder.get("slurm_job") and holder["slurm_job"] == os.environ.get("SLURM_JOB_ID"):
         return False  # this job, before it was requeued
-    states = _states_of(holder)
-    if states is not None:
-        return bool(states & _ON_NODES)
     try:
-        return time.time() - path.stat().st_mtime < _LEFT_OVER_AFTER_SECONDS
+        age = time.time() - path.stat().st_mtime
     except OSError:
         return False
+    states = _states_of(holder, age)
+    return age < _LEFT_OVER_AFTER_SECONDS if states is None else bool(states & _ON_NODES)
 
 
 def _wait_while_ending(holder: dict[str, Any] | None) -> None:
     """Wait for a job that Slurm is taking from its nodes: the slice before this one, as a rule."""
     deadline = time.monotonic() + _LEFT_OVER_AFTER_SECONDS
-    while holder and time.monotonic() < deadline and _states_of(holder) == {"COMPLETING"}:
+    while holder and time.monotonic() < deadline and _states_of(holder, 0.0) == {"COMPLETING"}:
         time.sleep(_ENDING_IS_LOOKED_AT_EVERY_SECONDS)
 
 
-def _states_of(holder: dict[str, Any]) -> set[str] | None:
-    """What Slurm says of the job that holds a lock, nothing where it is over; None where Slurm does not say."""
+def _states_of(holder: dict[str, Any], age: float) -> set[str] | None:
+    """What Slurm says of the job that holds a lock, nothing where it is over; None where Slurm does not say.
+
+    age: seconds since the lock was freshened.
+    """
     job = str(holder.get("slurm_job") or "")
-    if not job or job == os.environ.get("SLURM_JOB_ID"):
+    if not job or job == os.environ.get("SLURM_JOB_ID") or _is_of_another_cluster(holder):
         return None
     try:
         done = subprocess.run(
@@ -149,8 +152,15 @@ def _states_of(holder: dict[str, Any]) -> set[str] | None:
     except (OSError, subprocess.SubprocessError):  # no squeue in a container, or a controller that is busy
         return None
     if done.returncode:
-        return set() if "Invalid job id" in done.stderr else None  # ended long ago
+        # It ended long ago; or, where its lock is fresh, runs on another cluster or is not for us to see.
+        return set() if "Invalid job id" in done.stderr and age > 3 * _FRESHEN_EVERY_SECONDS else None
     return set(done.stdout.split())
+
+
+def _is_of_another_cluster(holder: dict[str, Any]) -> bool:
+    """Whether squeue here would speak of another job of that number."""
+    ours, theirs = os.environ.get("SLURM_CLUSTER_NAME"), holder.get("slurm_cluster")
+    return bool(ours and theirs and ours != theirs)
 
 
 def _start_of(pid: Any) -> str | None:

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -200,7 +201,20 @@ def test_where_no_checkpoint_can_be_used_a_run_does_not_begin_anew_over_them(tmp
     assert len(warnings) == 2
 
 
-def test_a_save_whose_shards_rank_zero_does_not_all_see_is_not_complete(tmp_path):
+def test_a_shard_that_a_network_file_system_shows_late_is_waited_for(tmp_path):
+    class Late(StandIn):
+        def save_checkpoint(self, folder: str, *, tag: str, **rest: Any) -> None:
+            super().save_checkpoint(folder, tag=tag, **rest)
+            shard = Path(folder) / tag / SHARD
+            hidden = shard.rename(shard.with_name("not listed yet"))
+            threading.Timer(1.0, lambda: hidden.rename(shard)).start()
+
+    save(tmp_path, 1, engine=Late())
+    assert newest_step(tmp_path) == 1
+
+
+def test_a_save_whose_shards_rank_zero_does_not_all_see_is_not_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "_SHARDS_ARE_SEEN_WITHIN_SECONDS", 0.1)
     save(tmp_path, 1)
     lacking = StandIn()
     lacking.shards = (SHARD,)

@@ -21,6 +21,7 @@ SMALL = (
 )
 # What pgrep knows a rank by; srun's own line ends like it.
 RANK_PROGRAM = "^[^ ]*python[^ ]* launch/train.py"
+_NOT_OVER = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SIGNALING", "REQUEUED", "PREEMPTED")
 # As a cluster's own, for nodes that claim GPUs; an hour, so that the warning is far away.
 ONE_RANK_A_NODE = ("--nodes=2", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1", "--time=60")
 
@@ -46,7 +47,7 @@ class Job:
         """Until something has happened; a job that ends before it fails the test with its output."""
         deadline = time.monotonic() + seconds
         while not happened():
-            over = self.facts()["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+            over = self.facts()["JobState"] not in _NOT_OVER
             assert not (over and not happened()), f"it ended before: {what}\n{self.facts()}\n{self.said()}"
             assert time.monotonic() < deadline, f"not within {seconds:.0f} s: {what}\n{self.said()}"
             time.sleep(0.1)

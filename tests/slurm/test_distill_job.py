@@ -105,6 +105,25 @@ def test_a_preempted_run_saves_in_its_time_of_grace_and_goes_on_when_the_nodes_a
     assert_same_run(run_dir, undisturbed)
 
 
+def test_a_run_that_is_preempted_before_its_first_step_is_begun_again(lab, run_dir, undisturbed):
+    job = lab.submit("--run_dir", run_dir, *SMALL)
+    job.wait_until(lambda: "preflight: 2 ranks" in job.said(), "it loads its models")
+    all_of_it = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={lab.shared}/urgent.out")
+    lab.run("sbatch", *all_of_it, "--wrap", "sleep 2")
+    job.wait_until(lambda: job.facts()["Restarts"] == "1", "it is requeued")
+    assert not curve(run_dir)
+    facts = job.ended()
+    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.said()
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_a_dry_run_as_a_job_ends_well(lab, run_dir):
+    job = lab.submit("--run_dir", run_dir, "--dry_run", "--deepspeed", "zero2_cpu", "--optim.global_batch", "32")
+    assert job.ended()["JobState"] == "COMPLETED", job.said()
+    assert "seconds_per_step" in job.said()
+    assert not run_dir.exists()
+
+
 def test_an_array_chains_slices_and_those_after_the_last_step_do_nothing(lab, run_dir, undisturbed):
     chain = lab.submit("--run_dir", run_dir, "--fresh", *SMALL, options=(*ONE_RANK_A_NODE, "--array=1-4%1"))
     chain.wait_until(lambda: len(curve(run_dir)) >= 1, "the first slice trains")

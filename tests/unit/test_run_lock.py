@@ -115,10 +115,38 @@ def test_a_job_that_slurm_says_is_not_running_keeps_nobody_out(tmp_path, elsewhe
             refuse_if_held(tmp_path)
 
 
+def squeue_says(what, tmp_path, monkeypatch):
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "squeue").write_text(f"#!/bin/sh\n{what}\n")
+    (tools / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+
+
+def test_a_fresh_lock_of_a_job_that_slurm_does_not_know_keeps_others_out(tmp_path, elsewhere, monkeypatch):
+    """It runs on another cluster, or is not for us to see."""
+    squeue_says("echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1", tmp_path, monkeypatch)
+    elsewhere(slurm_job="42", seconds_ago=5)
+    with pytest.raises(CheckpointError, match="Slurm job 42"):
+        refuse_if_held(tmp_path)
+
+
+@pytest.mark.parametrize(("theirs", "free"), [("west", False), ("east", True), (None, True)])
+def test_slurm_is_not_asked_for_a_job_of_another_cluster(tmp_path, elsewhere, monkeypatch, theirs, free):
+    squeue_says("true", tmp_path, monkeypatch)  # of that number nothing runs here
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "east")
+    elsewhere(slurm_job="42", slurm_cluster=theirs, seconds_ago=5)
+    if free:
+        refuse_if_held(tmp_path)
+    else:
+        with pytest.raises(CheckpointError, match="Slurm job 42"):
+            refuse_if_held(tmp_path)
+
+
 def test_a_job_that_slurm_is_taking_from_its_nodes_is_waited_for(tmp_path, elsewhere, monkeypatch):
     monkeypatch.setattr(run_lock, "_ENDING_IS_LOOKED_AT_EVERY_SECONDS", 0.01)
     answers = iter([{"COMPLETING"}] * 3 + [set()] * 3)
-    monkeypatch.setattr(run_lock, "_states_of", lambda _: next(answers))
+    monkeypatch.setattr(run_lock, "_states_of", lambda *_: next(answers))
     elsewhere(slurm_job="42")
     refuse_if_held(tmp_path)
     assert len(list(answers)) < 3

@@ -77,7 +77,9 @@ def dogs(monkeypatch):
     store, ended, made = HashStore(), {}, []
 
     def make(rank, **settings):
-        dog = Watchdog(World("env", rank, 2, rank, 2, "node1", 1), settings.pop("store", store), stall_minutes=1 / 120)
+        size = settings.pop("size", 2)
+        world = World("env", rank, size, rank, size, "node1", 1)
+        dog = Watchdog(world, settings.pop("store", store), stall_minutes=1 / 120)
         dog._end = lambda code: ended.setdefault(rank, code)
         made.append(dog)
         return dog
@@ -156,31 +158,50 @@ def test_where_the_place_that_ranks_meet_at_does_not_answer_a_rank_ends_after_a_
 
 
 def test_a_lost_connection_is_told_by_who_is_gone(dogs):
-    make, store, _ = dogs
+    make, store, ended = dogs
     at(Place.BACKWARD, step=8)
     store.set("beat/1", json.dumps({"beat": 9, "host": "node2", "moves": 3, "step": 8, "micro": 1, "place": 3}))
     alive = make(0)
     alive.stall_seconds = alive.silence_seconds = 1e9
     alive.start()
     told = str(alive.lost(RuntimeError("gloo: Connection closed by peer [10.0.0.2]:4711\nmore")))
+    assert not ended  # by the thread: this error ends it
     assert told.startswith("step 8: rank 1 on node2 is gone, last seen in step 8, the backward pass.")
     assert told.endswith("(gloo: Connection closed by peer [10.0.0.2]:4711)")
 
 
-def test_a_rank_beside_leaves_the_naming_to_rank_zero_and_beats_on_meanwhile(dogs):
+def test_of_many_ranks_only_the_one_that_is_gone_is_named_though_others_have_met_the_loss(dogs, capfd):
+    """Those beside it notice; rank zero, further on, hears of it from them."""
+    make, store, ended = dogs
+    at(Place.BACKWARD, step=8)
+    store.set("beat/2", json.dumps({"beat": 9, "host": "node3", "moves": 3, "step": 8, "micro": 1, "place": 3}))
+    ranks = [make(rank, size=4) for rank in (0, 1, 3)]
+    for each in ranks:
+        each.stall_seconds = each.silence_seconds = 1e9
+        each.start()
+    wait_for(lambda: all(store.check([f"beat/{rank}"]) for rank in (0, 1, 3)))
+    told = str(ranks[1].lost(RuntimeError("gloo: Connection closed by peer")))
+    assert told.startswith("step 8: rank 2 on node3 is gone, last seen in step 8, the backward pass.")
+    wait_for(lambda: len(ended) == 2)
+    assert ended == {0: 1, 3: 1}
+    assert "TrainingError: rank 2 on node3 is gone" in capfd.readouterr().err
+
+
+def test_where_all_beat_on_the_connection_is_said_to_have_broken(dogs):
     make, store, _ = dogs
-    beside = make(1)
-    beside.stall_seconds = beside.silence_seconds = 1e9
-    beside.start()
-    told = str(beside.lost(RuntimeError("gloo: Connection closed by peer")))
-    assert "another rank is gone, which rank 0 names" in told
-    assert json.loads(store.get("beat/1"))["beat"] > 3
+    both = [make(0), make(1)]
+    for each in both:
+        each.stall_seconds = each.silence_seconds = 1e9
+        each.start()
+    wait_for(lambda: store.check(["beat/1"]))
+    told = str(both[0].lost(RuntimeError("gloo: Connection closed by peer")))
+    assert "every rank still lives: the connection between them broke" in told
 
 
 class Closed:
     """A store whose process has ended."""
 
-    def check(self, _):
+    def set(self, *_):
         raise RuntimeError("Connection reset by peer")
 
 
@@ -211,10 +232,11 @@ def test_a_fault_that_a_rank_has_left_word_of_is_told_instead(dogs, capfd):
     at(Place.SAVING, step=8)
     make(1).confess(OSError("No space left on device"))
     alive = make(0)
+    alive.start()
     told = str(alive.lost(RuntimeError("gloo: Connection closed by peer")))
     assert "ended: OSError: No space left on device. " in told
     assert told.startswith("step 8: rank 1 on ")
-    alive.start()  # where nothing breaks its collective, the watchdog ends it
+    make(0).start()  # where nothing breaks its collective, the watchdog ends it
     wait_for(lambda: ended)
     assert "ended: OSError: No space left on device" in capfd.readouterr().err
 
