@@ -1,6 +1,6 @@
 """A whole micro-step, teacher and student and update, beside the loop of the first Distil* scripts.
 
-python benchmarks/step.py [--quick] [--json FILE] [--report FILE] [--cases real,mini] [--profile FILE]
+python benchmarks/step.py [--quick] [--json FILE] [--report FILE] [--cases real,mini] [--profile FILE] [SETTINGS]
 
 Each contender takes optimizer steps of a few micro-batches in turn. Tokens are real ones: padding counts for nothing.
 benchmarks/original_loop.py says what the baseline is. The share of a matrix product is that of the rate at which this
@@ -98,10 +98,10 @@ def main(words: list[str]) -> None:
     parser.add_argument("--rounds", type=int, help="turns of each contender (default: 5, with --quick 1)")
     parser.add_argument("--profile", type=Path, help="write a trace of one step of ours there, for chrome://tracing")
     parser.add_argument("--local_rank", help="set by launchers")
-    options = parser.parse_args(words)
+    options, settings = parser.parse_known_args(words)
     recipe = ["--recipe", str(REPOSITORY / "recipes" / "distilcamembert.yaml"), "--data.train", "none"]
     # Every case takes fewer sequences than the recipe does; one a micro-batch divides on any number of ranks.
-    command = parse_command_line([*recipe, "--optim.micro_batch", "1", "--optim.clip", "5.0"])
+    command = parse_command_line([*recipe, "--optim.micro_batch", "1", *settings])
     place = take_place(command)
     on_cuda = place.device.type == "cuda"
     figures: dict[str, Any] = {"precision": place.precision}

@@ -132,8 +132,8 @@ class OptimConfig:
     """adamw: DeepSpeed's fused Adam with decoupled weight decay; adamw_torch: torch's; lamb: for the largest batches"""
     global_batch: Count = 4096
     """sequences an optimizer step, over all ranks and accumulation"""
-    micro_batch: Count = 8
-    """sequences a forward pass on one rank"""
+    micro_batch: Count | Literal["auto"] = 8
+    """sequences a forward pass on one rank; auto: the most that fit"""
     lr: Annotated[float, Field(gt=0)] = 5e-4
     """peak learning rate"""
     warmup: Annotated[float, Field(ge=0)] = 0.05
@@ -148,6 +148,11 @@ class OptimConfig:
     """decoupled weight decay, on matrices only (never on biases and layer norms)"""
     clip: Annotated[float, Field(ge=0)] = 5.0
     """largest norm of the whole gradient; 0: no clipping"""
+
+    @property
+    def sequences_a_pass(self) -> int:
+        """micro_batch; 1 while it is auto, for what that becomes cuts every batch that 1 does."""
+        return 1 if self.micro_batch == "auto" else self.micro_batch
 
 
 @section
@@ -164,6 +169,8 @@ class TrainConfig:
     """steps between checkpoints; 0: at the end only"""
     keep_checkpoints: Count = 2
     """how many of the newest checkpoints stay"""
+    activation_checkpointing: bool = False
+    """keep of each student layer its input alone, and compute the rest again in the backward pass: less memory"""
     stall_minutes: Annotated[float, Field(gt=0)] = 10.0
     """minutes without a move of any rank after which the run ends and names the one that stands still"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -201,6 +208,7 @@ RESULT_NEUTRAL = frozenset(
         "train.save_every",
         "train.keep_checkpoints",
         "train.stall_minutes",
+        "train.activation_checkpointing",
         "deepspeed",  # precision is a fact of the run, and stage 2 the only one there is
     }
 )
@@ -264,7 +272,7 @@ def accumulation_steps(optim: OptimConfig, world_size: int) -> int:
         ConfigError: the global batch is not a multiple of ranks x micro-batch; names the micro-batch that fits, where
             one does, and the nearest global batches that are.
     """
-    per_pass = world_size * optim.micro_batch
+    per_pass = world_size * optim.sequences_a_pass
     steps, rest = divmod(optim.global_batch, per_pass)
     if rest:
         near = [size for size in (steps * per_pass, (steps + 1) * per_pass) if size]
@@ -282,7 +290,7 @@ def accumulation_steps(optim: OptimConfig, world_size: int) -> int:
 def _largest_micro_batch(optim: OptimConfig, world_size: int) -> int | None:
     """The largest micro-batch up to the one asked for that cuts the global batch evenly: it needs no more memory."""
     share, rest = divmod(optim.global_batch, world_size)
-    return None if rest else max(size for size in range(1, optim.micro_batch + 1) if share % size == 0)
+    return None if rest else max(size for size in range(1, optim.sequences_a_pass + 1) if share % size == 0)
 
 
 def cache_folder(data: DataConfig) -> Path:

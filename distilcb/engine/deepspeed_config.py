@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distilcb.config import REPOSITORY, OptimConfig, accumulation_steps
 from distilcb.errors import ConfigError
 
@@ -24,6 +26,8 @@ ALLOWED = (
     "gradient_predivide_factor",
 )
 # DeepSpeed's name -> where the recipe says it.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 IN_RECIPE = {
     "train_batch_size": "optim.global_batch",
     "train_micro_batch_size_per_gpu": "optim.micro_batch",
@@ -161,7 +165,7 @@ def build(
     data_types = {"grad_accum_dtype": "fp32"} | settings.get("data_types", {})
     return settings | {
         "train_batch_size": optim.global_batch,
-        "train_micro_batch_size_per_gpu": optim.micro_batch,
+        "train_micro_batch_size_per_gpu": optim.sequences_a_pass,
         "gradient_accumulation_steps": accumulation_steps(optim, world_size),
         "gradient_clipping": optim.clip,
         "data_types": data_types,

@@ -24,6 +24,7 @@ from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import on_main
 from distilcb.engine import deepspeed_config
 from distilcb.engine.checkpoint import Checkpoint, Checkpoints
+from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.lamb import ShardedLamb
 from distilcb.engine.operators import FUSED_ADAM
 from distilcb.engine.optimizer import build_optimizer
@@ -40,6 +41,7 @@ from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.monitor.metrics import ModelShape, flops_per_token
 from distilcb.preemption import StopRequest
+from distilcb.train.micro_batch import settle_micro_batch
 from distilcb.train.preflight import check_free_disk, preflight
 from distilcb.train.run_folder import RunFolder, RunState, provenance
 from distilcb.watchdog import Watchdog
@@ -50,8 +52,6 @@ log = logging.getLogger(__name__)
 _STORE_SECONDS = 60.0
 # Tokens of a forward pass in evaluation, at least.
 _HELDOUT_TOKENS = 8192
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
@@ -150,6 +150,9 @@ def build(command: CommandLine) -> Run | None:
         if not prepared_folder(names):
             find_sources(names)  # what stands for nothing is told before a model is loaded
     models = build_models(config, place)
+    kept = on_main(lambda: folder.micro_batch(place.world.size)) if state is RunState.RESUMED else None
+    command = settle_micro_batch(command, place, models, kept)
+    config = command.config
     train_blocks, heldout_blocks = _open_text(config, models.tokenizer, place.world)
     text = _contents(train_blocks, heldout_blocks)
     facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text}
@@ -228,9 +231,10 @@ def take_place(command: CommandLine, *, reads_only: bool = False) -> Place:
     machines = preflight(world, command, settings, reads_only=reads_only)
     log.info("precision: %s (%s)", precision, why)
     micro_batch, global_batch = config.optim.micro_batch, config.optim.global_batch
+    a_pass = "auto" if micro_batch == "auto" else f"{micro_batch} x accumulation {accumulation}"
     log.info(
-        "world: %d node(s) x %d rank(s) x micro-batch %d x accumulation %d = global batch %d",
-        *(machines, world.size // machines, micro_batch, accumulation, global_batch),
+        "world: %d node(s) x %d rank(s) x micro-batch %s = global batch %d",
+        *(machines, world.size // machines, a_pass, global_batch),
     )
     return Place(world, distributed.device(), settings, precision)
 
@@ -253,6 +257,8 @@ def build_models(config: Config, place: Place) -> Models:
         vocab_size=tokenizer.vocabulary.size,
         seed=config.train.seed,
     )
+    if config.train.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     models = Models(teacher, student, family, tokenizer)
     _check_models(config, models)
     if teacher is not None:
@@ -270,7 +276,7 @@ def wire_stepper(
         load_universal: whether the engine will load a checkpoint that another number of ranks saved.
     """
     optim, world, seed = config.optim, place.world, config.train.seed
-    cut = Cut(optim.global_batch, optim.micro_batch, world.rank, world.size)
+    cut = Cut(optim.global_batch, optim.sequences_a_pass, world.rank, world.size)
     vocabulary, seq_len = models.tokenizer.vocabulary, config.data.seq_len
     masking = Masking(config.masking, vocabulary, blocks.token_counts, seq_len=seq_len, seed=seed)
     order = Order(len(blocks), seed=seed, fraction=config.data.fraction)
@@ -295,7 +301,7 @@ def wire_stepper(
 
 def _heldout_batches(config: Config, world: World, tokenizer: TextTokenizer, blocks: Blocks) -> HeldoutBatches:
     # Nothing is kept for a backward pass, so that more fits than in training.
-    micro_batch = max(config.optim.micro_batch, _HELDOUT_TOKENS // config.data.seq_len)
+    micro_batch = max(config.optim.sequences_a_pass, _HELDOUT_TOKENS // config.data.seq_len)
     vocabulary = tokenizer.vocabulary
     return fixed_heldout_batches(blocks, vocabulary, micro_batch=micro_batch, rank=world.rank, world_size=world.size)
 

@@ -18,6 +18,7 @@ from distilcb.errors import ConfigError
 from distilcb.losses.triplet import TERMS, active_terms, divisors
 from distilcb.monitor.metrics import peak_memory_bytes
 from distilcb.train.build import Models, Place, build_models, take_place, wire_stepper
+from distilcb.train.micro_batch import settle_micro_batch
 
 # Micro-batches a rank in each step: one to warm up, then two of different length, whose difference tells what the
 # micro-batches take and what the optimizer.
@@ -34,10 +35,12 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
     """
     config = command.config
     place = take_place(command, reads_only=True)
+    models = build_models(config, place)
+    config = settle_micro_batch(command, place, models, kept=None).config
     try:
-        report = _measure(config, place)
+        report = _measure(config, place, models)
     except torch.cuda.OutOfMemoryError as error:
-        size = config.optim.micro_batch
+        size = config.optim.sequences_a_pass
         less = f"--optim.micro_batch {size // 2}" if size > 1 else "a smaller data.seq_len, or a larger GPU"
         raise ConfigError(
             f"optim.micro_batch={size} sequences of {config.data.seq_len} tokens: the GPU's memory does not hold them, "
@@ -48,14 +51,13 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
     return report
 
 
-def _measure(config: Config, place: Place) -> dict[str, Any]:
-    models = build_models(config, place)
+def _measure(config: Config, place: Place, models: Models) -> dict[str, Any]:
     words = RandomBlocks(models.tokenizer.vocabulary, seq_len=config.data.seq_len, blocks=sum(_ACCUMULATIONS) * 64)
     engine, stepper, micro_batches, counts = wire_stepper(_shortened(config, place), place, models, words)
     batches = training_batches(micro_batches, first_step=0, last_step=sum(_ACCUMULATIONS), workers=0, pin_memory=False)
     seconds, sums = [], []
     for step, micros in enumerate(_ACCUMULATIONS):
-        stepper.cut = replace(stepper.cut, global_batch=config.optim.micro_batch * place.world.size * micros)
+        stepper.cut = replace(stepper.cut, global_batch=config.optim.sequences_a_pass * place.world.size * micros)
         barrier()
         started = time.perf_counter()
         sums.append(all_reduce_sum(stepper.step(step, batches).sums).tolist())  # reading them waits for the device
@@ -67,7 +69,7 @@ def _measure(config: Config, place: Place) -> dict[str, Any]:
     return {
         "world_size": place.world.size,
         "precision": place.precision,
-        "micro_batch": config.optim.micro_batch,
+        "micro_batch": config.optim.sequences_a_pass,
         "accumulation": accumulation,
         "global_batch": config.optim.global_batch,
         "seq_len": config.data.seq_len,
@@ -97,7 +99,7 @@ def _whole_step(seconds: list[float], accumulation: int) -> float:
 
 def _shortened(config: Config, place: Place) -> Config:
     """The same run with as many sequences a step as the first short one takes."""
-    size = config.optim.micro_batch * place.world.size * _ACCUMULATIONS[0]
+    size = config.optim.sequences_a_pass * place.world.size * _ACCUMULATIONS[0]
     return replace(config, optim=replace(config.optim, global_batch=size))
 
 

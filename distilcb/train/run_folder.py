@@ -192,6 +192,13 @@ class RunFolder:
         """Where the run comes from, as written at the start that took its first steps."""
         return self._begun()["provenance"]
 
+    def micro_batch(self, world_size: int) -> int | None:
+        """What a run that began on as many ranks has for a micro-batch; None on another number."""
+        if self.provenance()["world_size"] != world_size:
+            return None
+        size = flatten(self._begun()).get("optim.micro_batch")
+        return size if isinstance(size, int) else None
+
     def _begun(self) -> dict[str, Any]:
         try:
             document = yaml.safe_load(self.config.read_text(encoding="utf-8"))

@@ -245,3 +245,29 @@ def test_the_checkpoint_before_a_nan_is_good(not_finite):
     assert newest.step == 2
     weights = torch.load(newest.path / "mp_rank_00_model_states.pt", weights_only=False)["module"]
     assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+def test_activation_checkpointing_keeps_less_between_the_passes(run_on_ranks):
+    (rank,) = run_on_ranks(bytes_kept, 1)
+    plain, checkpointed = rank.result
+    assert checkpointed < 0.6 * plain
+
+
+def bytes_kept() -> tuple[int, int]:
+    """Bytes that the student's forward pass keeps for the backward one, without and with checkpointing."""
+    found = []
+    for checkpointing in (False, True):
+        student = tiny.models(tiny.tiny_config(), hidden_size=HIDDEN_SIZE).student.train()
+        if checkpointing:
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        weights = {parameter.untyped_storage().data_ptr() for parameter in student.parameters()}
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            student.roberta(torch.randint(7, 200, (32, tiny.SEQ_LEN)))
+        found.append(sum(size for place, size in kept.items() if place not in weights))
+    return found[0], found[1]

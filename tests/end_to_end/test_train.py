@@ -293,3 +293,22 @@ def test_a_student_trains_on_masked_words_alone(afresh, finished, metrics):
     assert heldout["student_start"]["mlm_loss"] == pytest.approx(before["mlm_loss"], rel=1e-5)
     config = json.loads((run_dir / "student" / "config.json").read_text())
     assert config["num_hidden_layers"] == 6  # of the folder that it continued from, not half of them
+
+
+def test_an_automatic_micro_batch_is_a_number_in_the_run_folder_and_stays_when_the_run_goes_on(commands, tmp_path):
+    run_dir = tmp_path / "run"
+    small = [*commands.small, "--optim.micro_batch", "auto"]
+    commands.train_until_killed(run_dir, *small, after_step=3)
+    settings = flatten(yaml.safe_load((run_dir / "config.yaml").read_text()))
+    assert settings["optim.micro_batch"] == settings["optim.global_batch"]  # 8 sequences of 32 tokens
+    ended = commands.python("train", "--run_dir", run_dir, *small)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "optim.micro_batch: 8 (auto: as the run began)" in ended.stderr
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(finished, commands, metrics, tmp_path):
+    run_dir = tmp_path / "run"
+    ended = commands.python("train", "--run_dir", run_dir, *commands.small, "--train.activation_checkpointing", "true")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert curve(metrics(run_dir)) == curve(metrics(finished))
+    assert weights(run_dir) == weights(finished)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from distilcb.config import REPOSITORY
 from distilcb.losses import reference
@@ -73,3 +74,19 @@ def _train(run_dir, deepspeed_file):
     subprocess.run(command, check=True, timeout=600, cwd=REPOSITORY)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+@pytest.mark.launch
+def test_an_automatic_micro_batch_fills_the_gpu_and_trains(tmp_path):
+    """With most of the memory taken by somebody else a smaller one is found, and both fit."""
+    found = []
+    for taken_share in (0.0, 0.9):
+        hog = torch.empty(int(taken_share * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device="cuda")
+        words = ["--optim.micro_batch", "auto", "--optim.global_batch", "4096", "--train.steps", "2"]
+        run_dir = tmp_path / f"taken_{taken_share}"
+        command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--run_dir", str(run_dir), *words]
+        subprocess.run(command, check=True, timeout=600, cwd=REPOSITORY)
+        found.append(yaml.safe_load((run_dir / "config.yaml").read_text())["optim"]["micro_batch"])
+        del hog
+        torch.cuda.empty_cache()
+    assert found[0] > found[1] >= 1

@@ -1,0 +1,144 @@
+"""From text to blocks: MB and tokens a second, beside line-by-line tokenisation and the first Distil* scripts' way.
+
+python benchmarks/prepare.py [--quick] [--json FILE] [--report FILE] [--folder DIR] [--megabytes N]
+
+Ours is the whole of launch/prepare.py's work: hashing, reading, tokenising, packing, writing Arrow files, counting. The
+plain loop only gives each line to the Hugging Face tokenizer and keeps the ids. The original way does so with the
+separators written into the text, turns each line into an array, shuffles and pickles them all, and reads the pickle
+again to count tokens. Text is the shipped one again and again with other words between.
+"""
+
+import os
+import pickle
+import random
+import resource
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from side_by_side import medians, parser_of, table, tell
+from text import MINI, write_text
+
+from distilcb import distributed
+from distilcb.data.blocks import read_description
+from distilcb.data.prepare import prepare
+from distilcb.data.tokenizer import TextTokenizer
+
+SEQ_LEN = 512
+
+
+def main(words: list[str]) -> None:
+    parser = parser_of(__doc__ or "")
+    parser.add_argument("--folder", type=Path, help="where to write text and blocks (default: the temporary folder)")
+    parser.add_argument("--megabytes", type=int, help="of text for ours (default: 48, with --quick 6)")
+    options = parser.parse_args(words)
+    megabytes = options.megabytes or (6 if options.quick else 48)
+    rounds = 1 if options.quick else 3
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        long, short = (
+            write_text(folder / "long.txt", megabytes << 20),
+            write_text(folder / "short.txt", megabytes << 18),
+        )
+        sizes = {"long": long.stat().st_size, "short": short.stat().st_size}
+        # The slow ones get a quarter of the text.
+        contenders: dict[str, tuple[Callable[[], Any], int]] = {
+            "line by line, one process": (lambda: line_by_line(short), sizes["short"]),
+            "the original's way": (lambda: original_way(short, folder / "original.pickle"), sizes["short"]),
+        }
+        for processes in sorted({1, 2, cores}):
+            contenders[f"ours, {processes} process(es)"] = (
+                lambda processes=processes: ours(long, folder / "blocks", processes),
+                sizes["long"],
+            )
+        seconds = medians({name: call for name, (call, _) in contenders.items()}, rounds=rounds)
+        description = read_description(folder / "blocks")
+        tokens_a_byte = description.blocks * SEQ_LEN / sizes["long"]
+        peak = peak_of_a_process(long, folder / "blocks")
+    rates = {name: size / seconds[name] for name, (_, size) in contenders.items()}
+    figures: dict[str, Any] = {"megabytes": megabytes, "cores": cores, "peak_bytes_of_a_process": peak}
+    rows = []
+    for name, rate in rates.items():
+        figures[name] = {
+            "bytes_per_second": rate,
+            "tokens_per_second": rate * tokens_a_byte,
+            "over_line_by_line": rate / rates["line by line, one process"],
+            "over_the_original": rate / rates["the original's way"],
+        }
+        shown = figures[name]
+        rows.append(
+            (
+                name,
+                f"{rate / 1e6:.2f}",
+                f"{rate * tokens_a_byte:,.0f}",
+                f"{shown['over_line_by_line']:.1f}",
+                f"{shown['over_the_original']:.1f}",
+            )
+        )
+    text = (
+        f"{megabytes} MB of French for ours, a quarter of it for the others, blocks of {SEQ_LEN}, median of {rounds} "
+        "in turn; one process of ours beside one of theirs is the ratio a core.\n\n"
+        + table(["", "MB/s", "tokens/s", "line by line = 1", "the original = 1"], rows)
+        + f"\n\nPeak memory of one process of ours: {peak / 1e6:,.0f} MB."
+    )
+    tell("Preparing text", text, figures, options, "python benchmarks/prepare.py " + " ".join(words))
+
+
+def ours(text: Path, output: Path, processes: int) -> None:
+    """All of launch/prepare.py."""
+    shutil.rmtree(output, ignore_errors=True)
+    tokenizer = TextTokenizer(str(MINI / "teacher"))
+    prepare([str(text)], tokenizer=tokenizer, output=output, seq_len=SEQ_LEN, processes=processes, part_bytes=4 << 20)
+
+
+def line_by_line(text: Path) -> list[list[int]]:
+    """The ids of each line."""
+    tokenizer = TextTokenizer(str(MINI / "teacher")).hugging_face
+    with text.open(encoding="utf-8") as stream:
+        return [tokenizer.encode(line.strip(), add_special_tokens=False) for line in stream]
+
+
+def original_way(text: Path, path: Path) -> Counter[int]:
+    """Lines to arrays, shuffled, pickled; and the counts of their tokens from the pickle."""
+    tokenizer = TextTokenizer(str(MINI / "teacher")).hugging_face
+    first, last = tokenizer.cls_token, tokenizer.sep_token
+    arrays = []
+    with text.open(encoding="utf-8") as stream:
+        for line in stream:
+            ids = tokenizer.encode(f"{first} {line.strip()} {last}", add_special_tokens=False)
+            arrays.append(np.array(ids, dtype=np.uint16))
+    random.Random(0).shuffle(arrays)
+    with path.open("wb") as out:
+        pickle.dump(arrays, out, protocol=pickle.HIGHEST_PROTOCOL)
+    with path.open("rb") as back:
+        found = pickle.load(back)
+    counts: Counter[int] = Counter()
+    for array in found:
+        counts.update(array)
+    return counts
+
+
+def peak_of_a_process(text: Path, output: Path) -> int:
+    """Resident bytes at most of a process of its own that prepares it all."""
+    receiver, sender = get_context("spawn").Pipe(duplex=False)
+    process = get_context("spawn").Process(target=_tell_peak, args=(text, output, sender))
+    process.start()
+    peak: int = receiver.recv()
+    process.join()
+    return peak
+
+
+def _tell_peak(text: Path, output: Path, sender: Any) -> None:
+    ours(text, output, 1)
+    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+if __name__ == "__main__":
+    sys.exit(distributed.exit_code(main))

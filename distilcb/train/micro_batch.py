@@ -1,0 +1,135 @@
+"""optim.micro_batch: auto, made a number: the most sequences a pass that every rank's device holds.
+
+On CUDA sizes are tried: the real models take a forward and a backward pass on random words, beside as much memory as
+DeepSpeed will keep for itself. A size that runs out of memory on one rank is out for all. The number goes into
+config.yaml, so that a run that goes on keeps it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from distilcb.command_line import CommandLine
+from distilcb.config import Config
+from distilcb.data.blocks import RandomBlocks
+from distilcb.data.loader import make_batch
+from distilcb.data.masking import Masking
+from distilcb.distributed import all_reduce_sum
+from distilcb.engine.deepspeed_config import DTYPES
+from distilcb.engine.step_module import StepModule, soft_rows
+from distilcb.errors import ConfigError
+from distilcb.losses.triplet import Coefficients
+
+if TYPE_CHECKING:
+    from distilcb.train.build import Models, Place
+
+log = logging.getLogger(__name__)
+
+# Tokens of a pass beyond which a GPU gets no faster; and on a CPU, where memory is no limit but the caches are.
+_MOST_TOKENS = {"cuda": 65_536, "cpu": 2048}
+# Left free for what fragments, NCCL and the libraries take.
+_HEADROOM = 0.08
+
+
+def settle_micro_batch(command: CommandLine, place: Place, models: Models, kept: int | None) -> CommandLine:
+    """`command` with a number for optim.micro_batch; every rank must call it.
+
+    Args:
+        kept: what the run that goes on has used; taken again where it still cuts the batch evenly.
+
+    Raises:
+        ConfigError: not even one sequence fits.
+    """
+    config = command.config
+    if config.optim.micro_batch != "auto":
+        return command
+    sizes = even_sizes(config, place.world.size, device_type=place.device.type)
+    if kept in sizes:
+        size, why = kept, "as the run began"
+    elif place.device.type == "cuda":
+        probe = _Probe(config, place, models)
+        size, why = largest_that_fits(sizes, lambda size: _everywhere(probe.fits(size), place)), "the most that fits"
+        if not size:
+            raise ConfigError(
+                f"optim.micro_batch: auto: not even {sizes[0]} sequence(s) of {config.data.seq_len} tokens fit beside "
+                "the models. Use a smaller data.seq_len, more ranks (ZeRO shards what the optimizer keeps) or a larger "
+                "GPU; or see who else uses this one."
+            )
+    else:
+        size, why = sizes[-1], f"up to {_MOST_TOKENS['cpu']:,} tokens a pass on a CPU"
+    log.info("optim.micro_batch: %d (auto: %s)", size, why)
+    return replace(command, config=replace(config, optim=replace(config.optim, micro_batch=size)))
+
+
+def even_sizes(config: Config, world_size: int, *, device_type: str) -> list[int]:
+    """Micro-batches that cut the global batch evenly, from small to large, up to as many tokens as make sense."""
+    share = config.optim.global_batch // world_size
+    most = max(1, _MOST_TOKENS[device_type] // config.data.seq_len)
+    return [size for size in range(1, min(share, most) + 1) if share % size == 0]
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The largest of these ascending sizes that fits, where all below one that fits do; 0: none."""
+    count = bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
+    return sizes[count - 1] if count else 0
+
+
+def _everywhere(fits: bool, place: Place) -> bool:
+    """Whether it fits on every rank."""
+    refused = all_reduce_sum(torch.tensor([float(not fits)], device=place.device))
+    return not refused.item()
+
+
+class _Probe:
+    """Passes of the real models on random words."""
+
+    def __init__(self, config: Config, place: Place, models: Models) -> None:
+        self.config, self.place, self.models = config, place, models
+        vocabulary, seq_len = models.tokenizer.vocabulary, config.data.seq_len
+        self.blocks = RandomBlocks(vocabulary, seq_len=seq_len, blocks=_MOST_TOKENS["cuda"])
+        self.masking = Masking(config.masking, vocabulary, self.blocks.token_counts, seq_len=seq_len, seed=0)
+
+    def fits(self, size: int) -> bool:
+        """Whether a pass of `size` sequences fits here; leaves the device as it was."""
+        try:
+            self._pass(size)
+            torch.cuda.synchronize()
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            gc.collect()  # an exception's frames hold tensors
+            torch.cuda.empty_cache()
+        return True
+
+    def _pass(self, size: int) -> None:
+        device, dtype = self.place.device, DTYPES[self.place.precision]
+        module = StepModule(copy.deepcopy(self.models.student), self.models.family, self.config.loss).to(device, dtype)
+        _kept = torch.empty(self._bytes_of_deepspeed(module), dtype=torch.uint8, device=device)
+        rows = np.arange(size, dtype=np.int64)
+        batch = make_batch(self.masking, self.blocks.read(rows), rows, np.zeros_like(rows)).to(device)
+        loss, taught = self.config.loss, None
+        if self.models.teacher is not None and (loss.kl or loss.mse or loss.cos):
+            taught = self.models.teacher(batch.input_ids, soft_rows(batch, loss), wants_hidden=bool(loss.cos))
+        scalar, _sums = module(batch, taught, Coefficients(kl=loss.kl, mlm=loss.mlm, cos=loss.cos, mse=loss.mse))
+        scalar.backward()
+
+    def _bytes_of_deepspeed(self, module: torch.nn.Module) -> int:
+        """What ZeRO 2 keeps on each rank beside weights and half-precision gradients, and the headroom."""
+        zero: dict[str, Any] = self.place.settings.get("zero_optimization", {})
+        count = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
+        width = torch.finfo(DTYPES[self.place.precision]).bits // 8
+        # fp32: master weights, two moments, and the sum of gradients over micro-batches.
+        shards = 16 * count // self.place.world.size
+        buckets = 2 * width * min(count, int(zero.get("reduce_bucket_size", 5e8)))
+        buckets += width * min(count, int(zero.get("allgather_bucket_size", 5e8)))
+        total = torch.cuda.get_device_properties(self.place.device).total_memory
+        return shards + buckets + int(_HEADROOM * total)
