@@ -162,7 +162,7 @@ def _as_text(plan: dict[str, Any]) -> str:
         "largest micro-batch": str(plan["largest_micro_batch"]),
         **gb,
         "step": f"{plan['step_seconds']:,.2f} s, {plan['tokens_per_second']:,.0f} tokens/s in all",
-        "communication": f"{plan['communication_seconds']:,.3f} s; a step waits {plan['communication_share']:.0%} for it",
+        "communication": f"{plan['communication_seconds']:,.3f} s; steps wait {plan['communication_share']:.0%} for it",
         "run": f"{plan['steps']:,} steps, {plan['hours']:,.1f} hours, {plan['device_hours']:,.0f} GPU-hours",
         "checkpoint": f"{disk['checkpoint_bytes']}; the run folder up to {disk['disk_bytes']}",
         **{f"assumed: {name}": text for name, text in plan["assumptions"].items()},
