@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Dense half-precision peak of one device, in TFLOP/s. Source: NVIDIA's data sheets (SXM variants).
-_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "V100": 125.0, "L40S": 362.0, "A40": 150.0}
+from distilcb.gpus import GPUS
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,11 @@ class ModelShape:
     def layer_parameters(self) -> int:
         """Weights of the matrices of all layers."""
         return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
+
+
+def shape_of(config: Any) -> ModelShape:
+    """Of a model's configuration."""
+    return ModelShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
 
 
 def flops_per_token(
@@ -58,7 +62,7 @@ def peak_flops(device: torch.device) -> float | None:
     words = set(re.split(r"[^A-Za-z0-9]", name))
     if words & {"PCIe", "NVL"}:  # slower than the SXM variants that the table holds
         return None
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS.items() if part in words), None)
+    return next((gpu.flops for part, gpu in GPUS.items() if part in words), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

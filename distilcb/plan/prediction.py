@@ -1,0 +1,171 @@
+"""Memory, time, communication and disk of a run, by arithmetic; every assumption is a field or stands in a comment."""
+
+from dataclasses import dataclass
+
+from distilcb.config import Config
+from distilcb.losses.head import rows_per_chunk
+from distilcb.monitor.metrics import flops_per_token
+from distilcb.plan.sizes import ModelSizes, Sizes
+
+# Of the memory of a GPU, for the CUDA context, NCCL and what fragments.
+_RESERVED = 0.08
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run is to have.
+
+    memory: bytes a device. flops: half-precision peak of one. efficiency: share of it that a step reaches.
+    link, node_link: bytes/s in one direction, of a device inside its node and of a whole node to the others.
+    """
+
+    gpus: int
+    gpus_per_node: int
+    memory: float
+    flops: float
+    efficiency: float
+    link: float
+    node_link: float
+    device_type: str = "cuda"
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.gpus // self.gpus_per_node)
+
+    @property
+    def bus(self) -> float:
+        """Bytes/s at which a ring over all devices moves: its slowest link. Inside several nodes all links of a node
+        carry rings side by side."""
+        return self.link if self.nodes == 1 else min(self.link, self.node_link)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device, by part."""
+
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def memory(config: Config, sizes: Sizes, machine: Machine, *, micro_batch: int, width: int) -> Memory:
+    """What one device holds at the peak of a step.
+
+    Args:
+        micro_batch: sequences a pass.
+        width: bytes of a number in the run's precision.
+    """
+    student, teacher = sizes.student, sizes.teacher
+    rows = micro_batch * config.data.seq_len
+    soft, head_rows = _head_rows(config, rows)
+    vocab, hidden = student.shape.vocab, student.shape.hidden
+    chunk = min(head_rows, rows_per_chunk(vocab, machine.device_type))
+    parts = {
+        "student: weights": width * student.parameters,
+        # DeepSpeed's, in fp32, sharded: master weights and Adam's two moments.
+        "optimizer states": 12.0 * student.trained / machine.gpus,
+        # In fp32 and sharded, over the micro-batches; and two buckets of half-precision ones on their way.
+        "gradients": 4.0 * student.trained / machine.gpus + 2 * width * min(student.trained, 5e8),
+        "student: activations": rows * activation_bytes(student, width, machine.device_type, config),
+        # Logits of both models, the decoder's gradient in fp32 twice, features and their gradients.
+        "head": 2.0 * width * chunk * vocab + 8.0 * vocab * hidden + head_rows * hidden * (4 + 6 * width),
+    }
+    if teacher is not None:
+        shape = teacher.shape
+        # Kept for the loss: hidden states and features. While it runs: a layer's widest tensors.
+        passing = rows * width * (4 * shape.hidden + 2 * shape.intermediate)
+        parts["teacher: weights"] = width * teacher.parameters
+        parts["teacher: outputs"] = width * shape.hidden * (rows + soft) + passing
+    return Memory(parts)
+
+
+def activation_bytes(model: ModelSizes, width: int, device_type: str, config: Config) -> float:
+    """What the backward pass of a BERT-like encoder needs of one token.
+
+    Of each layer with a fused attention: its input, q, k, v and the attention's output, what the two layer norms are
+    given, the first one's output, and both sides of the activation: 8 hidden and 2 intermediate; the attention's
+    log-sum-exp and the norms' statistics; the masks of two dropouts, a byte a number on CUDA.
+    tests/unit/test_plan.py counts them.
+    """
+    shape = model.shape
+    mask = (1 if device_type == "cuda" else width) if model.dropout else 0
+    layer = width * (8 * shape.hidden + 2 * shape.intermediate) + 4 * model.heads + 4 * width + 2 * mask * shape.hidden
+    embeddings = (width + mask) * shape.hidden + 24
+    if config.train.activation_checkpointing:  # every layer's input, and all of the one that is computed again
+        return embeddings + shape.layers * width * shape.hidden + layer
+    return embeddings + shape.layers * layer
+
+
+def largest_micro_batch(config: Config, sizes: Sizes, machine: Machine, *, width: int) -> int:
+    """The most sequences a pass that cut a device's share of the batch evenly and fit; 0: not one fits."""
+    share = config.optim.global_batch // machine.gpus
+    room = machine.memory * (1 - _RESERVED)
+    fitting = [
+        size
+        for size in range(1, share + 1)
+        if share % size == 0 and memory(config, sizes, machine, micro_batch=size, width=width).total <= room
+    ]
+    return max(fitting, default=0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Seconds of one optimizer step by part; communication is what it takes if nothing hides it."""
+
+    computing: float
+    communication: float
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """The reduction of gradients runs beside the backward pass, half of the computing; the rest shows."""
+        return self.computing + max(0.0, self.communication - self.computing / 2)
+
+
+def step(
+    config: Config, sizes: Sizes, machine: Machine, *, micro_batch: int, width: int, token_rate: float | None = None
+) -> Step:
+    """One optimizer step.
+
+    token_rate: tokens/s of one device as measured; None: peak times efficiency.
+    """
+    tokens = config.optim.global_batch * config.data.seq_len
+    rate = token_rate or machine.flops * machine.efficiency / flop_per_token(config, sizes)
+    micros = -(-config.optim.global_batch // (micro_batch * machine.gpus))
+    moved = bytes_per_step(sizes, machine, width=width, micro_batches=micros)
+    return Step(tokens / machine.gpus / rate, moved / machine.bus, tokens)
+
+
+def bytes_per_step(sizes: Sizes, machine: Machine, *, width: int, micro_batches: int) -> float:
+    """What each device sends in a step under ZeRO 2: gradients to their owners in every micro-batch, since shards are
+    all that is kept of them, and once the new weights to all."""
+    whole = width * sizes.student.trained * (machine.gpus - 1) / machine.gpus
+    return whole * (micro_batches + 1)
+
+
+def flop_per_token(config: Config, sizes: Sizes) -> float:
+    """Floating-point operations of one training token."""
+    soft, head = _head_rows(config, 1_000_000)
+    return flops_per_token(
+        sizes.student.shape,
+        sizes.teacher.shape if sizes.teacher else None,
+        seq_len=config.data.seq_len,
+        soft_share=soft / 1e6,
+        head_share=head / 1e6,
+    )
+
+
+def checkpoint_bytes(sizes: Sizes, *, width: int) -> float:
+    """Of one checkpoint: weights, and what the optimizer keeps of each trained one in fp32."""
+    return width * sizes.student.parameters + 12.0 * sizes.student.trained
+
+
+def _head_rows(config: Config, rows: int) -> tuple[int, int]:
+    """Rows that need the teacher's distribution, and the student's."""
+    loss, masked = config.loss, round(rows * config.masking.rate)
+    if not (loss.kl or loss.mse):
+        return 0, masked if loss.mlm else 0
+    soft = rows if loss.kl_positions == "attended" else masked
+    return soft, max(soft, masked)

@@ -1,0 +1,54 @@
+"""launch/plan.py as users start it, and its calibration against a run."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.launch
+
+
+def test_a_plan_needs_no_gpu_no_text_and_no_weights(commands, tmp_path):
+    words = [
+        "--recipe",
+        "recipes/distilcamembert.yaml",
+        "--gpus",
+        "8",
+        "--gpu",
+        "a100",
+        "--json",
+        tmp_path / "plan.json",
+    ]
+    ended = commands.python("plan", *words, environ={"HF_HUB_OFFLINE": "1"})
+    assert ended.returncode == 0, ended.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["student_parameters"] == 68_128_261
+    assert f"{plan['hours']:,.1f} hours" in ended.stdout
+
+
+def test_a_calibrated_plan_tells_a_runs_rate_within_15_per_cent(commands, tmp_path):
+    """On a machine that does other work too a try may fail; three in a row do not."""
+    settings = [
+        *commands.data,
+        "--data.train",
+        f"{commands.text}/train",
+        "--train.log_every",
+        "4",
+        "--train.steps",
+        "12",
+    ]
+    settings += ["--train.eval_every", "0", "--train.save_every", "0", "--train.eval_maskings", "2"]
+    ratios = []
+    for number in range(3):
+        path = tmp_path / f"{number}.json"
+        asked = ["--gpus", "1", "--gpu", "h100", "--calibrate", "--json", path]
+        planned = commands.python("plan", *asked, *settings)
+        assert planned.returncode == 0, planned.stderr
+        run_dir = tmp_path / f"run_{number}"
+        ended = commands.python("train", "--run_dir", run_dir, *settings)
+        assert ended.returncode == 0, ended.stderr
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        rates = [line["tokens_per_second"] for line in lines if "loss" in line][1:]
+        ratios.append(json.loads(path.read_text())["tokens_per_second"] / (sum(rates) / len(rates)))
+        if 0.85 < ratios[-1] < 1.15:
+            return
+    raise AssertionError(f"planned over measured: {ratios}")

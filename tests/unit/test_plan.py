@@ -1,0 +1,151 @@
+"""What a run will need, against counts of the real models."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import CamembertConfig, CamembertForMaskedLM
+
+from distilcb.command_line import parse_command_line
+from distilcb.config import REPOSITORY
+from distilcb.errors import ConfigError, ModelError
+from distilcb.monitor.metrics import shape_of
+from distilcb.plan import prediction
+from distilcb.plan.command import plan_from
+from distilcb.plan.prediction import Machine, Step, activation_bytes, largest_micro_batch, memory
+from distilcb.plan.sizes import ModelSizes, sizes_of
+
+RECIPE = ["--recipe", str(REPOSITORY / "recipes" / "distilcamembert.yaml"), "--dry_run"]
+NODE = Machine(8, 4, memory=80e9, flops=312e12, efficiency=0.4, link=300e9, node_link=25e9)
+
+
+def config(*words):
+    return parse_command_line([*RECIPE, *words]).config
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    return sizes_of(config())
+
+
+def test_sizes_are_those_of_the_published_models(sizes):
+    assert sizes.teacher.parameters == pytest.approx(110.6e6, rel=0.005)
+    assert sizes.student.parameters == 68_128_261  # counted where checkpoints were measured
+    assert (sizes.teacher.shape.layers, sizes.student.shape.layers) == (12, 6)
+
+
+def test_work_of_a_token_is_what_was_derived_by_hand(sizes):
+    assert prediction.flop_per_token(config(), sizes) == pytest.approx(673e6, rel=0.005)
+    masked = prediction.flop_per_token(config("--loss.kl_positions", "masked"), sizes)
+    assert masked == pytest.approx(502e6, rel=0.005)
+
+
+def kept_bytes(model, tokens):
+    """Bytes a token that a forward pass keeps for the backward one."""
+    kept, weights = {}, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    positions = torch.arange(2, tokens.shape[1] + 2).expand_as(tokens)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.roberta(tokens, position_ids=positions)
+    return sum(size for place, size in kept.items() if place not in weights) / tokens.numel()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("layers", [2, 6])
+def test_activations_are_those_that_the_models_keep(layers, dropout, checkpointing):
+    shape = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4, "num_hidden_layers": layers}
+    made = CamembertConfig(
+        **shape,
+        vocab_size=300,
+        max_position_embeddings=130,
+        pad_token_id=1,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0,  # on a CPU attention with dropout is not fused, as it is on CUDA
+    )
+    model = CamembertForMaskedLM(made).to(torch.bfloat16).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = kept_bytes(model, torch.randint(7, 300, (4, 128)))
+
+    def planned(layers, checkpointing):
+        sizes = ModelSizes(replace(shape_of(made), layers=layers), 0, 0, 4, dropout)
+        return activation_bytes(sizes, 2, "cpu", config("--train.activation_checkpointing", str(checkpointing).lower()))
+
+    expected = planned(layers, checkpointing)
+    if checkpointing:  # less the layer that is computed again, which comes later
+        expected -= planned(layers + 1, False) - planned(layers, False)
+    assert found == pytest.approx(expected, rel=0.03)
+
+
+def test_memory_falls_with_ranks_and_grows_with_sequences_by_as_much_each(sizes):
+    def total(gpus, size):
+        machine = replace(NODE, gpus=gpus)
+        return memory(config(), sizes, machine, micro_batch=size, width=2).total
+
+    assert total(8, 16) < total(1, 16)
+    assert total(1, 16) - total(8, 16) == pytest.approx(16 * sizes.student.trained * 7 / 8)
+    assert total(8, 64) - total(8, 48) == pytest.approx(total(8, 48) - total(8, 32))
+
+
+def test_the_largest_micro_batch_fits_and_twice_of_it_does_not(sizes):
+    small = replace(NODE, memory=16e9)
+    size = largest_micro_batch(config(), sizes, small, width=2)
+    assert memory(config(), sizes, small, micro_batch=size, width=2).total <= 0.92 * 16e9
+    assert memory(config(), sizes, small, micro_batch=2 * size, width=2).total > 0.92 * 16e9
+
+
+def test_communication_shows_where_the_backward_pass_does_not_hide_it():
+    assert Step(2.0, 0.5, 1).seconds == 2.0
+    assert Step(2.0, 1.5, 1).seconds == 2.5
+
+
+def test_gradients_travel_in_every_micro_batch_and_weights_once(sizes):
+    moved = prediction.bytes_per_step(sizes, NODE, width=2, micro_batches=4)
+    assert moved == pytest.approx(5 * 2 * sizes.student.trained * 7 / 8)
+    assert prediction.bytes_per_step(sizes, replace(NODE, gpus=1), width=2, micro_batches=4) == 0
+
+
+def test_a_checkpoint_is_as_large_as_those_that_were_measured(sizes):
+    assert prediction.checkpoint_bytes(sizes, width=4) == pytest.approx(1.09e9, rel=0.01)
+
+
+def test_the_plan_is_a_table_with_its_assumptions(capsys):
+    plan_from([*RECIPE[:2], "--gpus", "32", "--gpu", "h200", "--optim.micro_batch", "auto"], description=None)
+    told = capsys.readouterr().out
+    assert "68.1 M parameters" in told
+    assert "673 MFLOP a token, fp16" in told
+    assert "GPU-hours" in told
+    assert "assumed: rate of one device   35% of 989 TFLOP/s" in told
+
+
+def test_a_micro_batch_that_does_not_fit_is_said_with_the_one_that_does(capsys):
+    words = ["--gpus", "8", "--gpu", "v100", "--memory_gb", "16", "--optim.micro_batch", "512"]
+    plan_from([*RECIPE[:2], *words], description=None)
+    assert "512 sequences, 1 a step: DOES NOT FIT, 128 does" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--gpus", "3", "--gpu", "h100"], "4096 is not a multiple of --gpus 3"),
+        (["--gpus", "8", "--gpu", "h100", "--memory_gb", "1"], "one sequence of 512 tokens needs .* 1 GB"),
+        (["--gpus", "8", "--gpu", "h100", "--efficiency", "2"], "--efficiency.*from 0.01 to 1"),
+        (["--gpus", "8", "--gpu", "b300"], "--gpu"),
+        (["--gpus", "8", "--gpu", "h100", "--optim.lr", "-1"], "optim.lr"),
+        (["--gpus", "8", "--gpu", "h100", "--student.init", "some/folder"], "student.init some/folder"),
+    ],
+)
+def test_mistakes_are_told(words, told):
+    with pytest.raises(ConfigError, match=told):
+        plan_from([*RECIPE[:2], *words], description=None)
+
+
+def test_a_teacher_that_cannot_be_had_is_an_error(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="nobody/nothing"):
+        plan_from([*RECIPE[:2], "--gpus", "8", "--gpu", "h100", "--teacher.model", "nobody/nothing"], description=None)
