@@ -83,6 +83,7 @@ class PartMaker:
     text_field: str
     min_characters: int
     folder: Path
+    skip_damaged: bool = False
 
     def __call__(self, part: Part, tick: Callable[[], None] = lambda: None) -> PartFacts:
         """The facts of the part, once its files are in the folder. `tick` is called now and then.
@@ -93,7 +94,7 @@ class PartMaker:
         return finished_part(self.folder, part.name) or self._make(part, tick)
 
     def _make(self, part: Part, tick: Callable[[], None]) -> PartFacts:
-        facts, damage = PartFacts(part.name), Damage()
+        facts, damage = PartFacts(part.name), Damage(skips=self.skip_damaged)
         packer = _Packer(self.vocabulary, self.seq_len)
         lengths: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         unwritten = self.folder / f"{part.name}.{uuid.uuid4().hex}"

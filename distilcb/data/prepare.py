@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -70,6 +70,7 @@ class _How:
     seq_len: int
     text_field: str
     min_characters: int = 0
+    skip_damaged: bool = False
     part_bytes: int = PART_BYTES
     processes: int = 1
     threads: int = 1
@@ -85,7 +86,9 @@ class _How:
 
     def described(self) -> dict[str, Any]:
         """The options that decide what the blocks hold; of the newer ones those that are not as they always were."""
-        cleaning = {"min_characters": self.min_characters} if self.min_characters else {}
+        cleaning: dict[str, Any] = {"min_characters": self.min_characters} if self.min_characters else {}
+        if self.skip_damaged:
+            cleaning["skip_damaged"] = True
         cut = {"part_bytes": self.part_bytes} if self.part_bytes != PART_BYTES else {}
         return {"text_field": self.text_field} | cleaning | cut
 
@@ -116,6 +119,7 @@ def prepare(
     seq_len: int,
     text_field: str = "text",
     min_characters: int = 0,
+    skip_damaged: bool = False,
     part_bytes: int = PART_BYTES,
     processes: int = 1,
     threads: int = 1,
@@ -130,6 +134,7 @@ def prepare(
     Args:
         text_field: the text's name in .jsonl and .parquet.
         min_characters: documents with fewer are left out.
+        skip_damaged: read on past compressed files that end in the middle, and records that are no JSON; counted.
         part_bytes: of text that is packed together; the tokens at its end that fill no block are lost.
         processes: on this rank.
         threads: of the tokenizer, in each process.
@@ -139,7 +144,7 @@ def prepare(
         DataError: text that cannot be read or fills no block; an output that holds something else.
         ConfigError: blocks too short to mask a token of, or parts of no text.
     """
-    how = _How(tokenizer, seq_len, text_field, min_characters, part_bytes, processes, threads)
+    how = _How(tokenizer, seq_len, text_field, min_characters, skip_damaged, part_bytes, processes, threads)
     crew = crew or Crew()
     plan = crew.from_main("plan", lambda: _plan(names, how))
     content = _shared_content_key(plan, how, crew, show_progress=show_progress)
@@ -202,7 +207,14 @@ def _prepare_content(
             return there
         encoder = crew.from_main("encoder", lambda: _encoder(how, plan))
         maker = PartMaker(
-            plan.sources, encoder, how.tokenizer.vocabulary, how.seq_len, how.text_field, how.min_characters, folder
+            plan.sources,
+            encoder,
+            how.tokenizer.vocabulary,
+            how.seq_len,
+            how.text_field,
+            how.min_characters,
+            folder,
+            how.skip_damaged,
         )
         share = share_out(plan.units, ranks=crew.size)[crew.rank]
         with Progress(crew, what="preparing", total_bytes=plan.size, shown=show_progress) as progress:
@@ -238,6 +250,8 @@ def _content_key(plan: _Plan, how: _How, stretches: Sequence[tuple[Source, int]]
     facts: list[Any] = [1, how.tokenizer.vocabulary.fingerprint, how.seq_len, how.text_field, kinds]
     if how.min_characters:
         facts.append({"min_characters": how.min_characters})
+    if how.skip_damaged:
+        facts.append({"skip_damaged": True})
     if not plan.is_one_part:
         facts.append({"part_bytes": how.part_bytes})
     key = hashlib.sha256(json.dumps(facts).encode())
@@ -343,16 +357,16 @@ def _encoder(how: _How, plan: _Plan) -> Any:
     if not isinstance(how.tokenizer, TextTokenizer):
         return how.tokenizer
     threads = how.threads * how.processes if plan.is_one_part else how.threads
-    sample = _sample(plan.sources, how.text_field)
+    sample = _sample(plan.sources, how.text_field, skip_damaged=how.skip_damaged)
     return faster_encoder(how.tokenizer, sample, threads=threads) or how.tokenizer.encoder
 
 
-def _sample(sources: Sequence[Source], text_field: str) -> Iterator[str]:
+def _sample(sources: Sequence[Source], text_field: str, *, skip_damaged: bool) -> Iterator[str]:
     """The first documents of each source, or of some where there are many."""
     for source in sources[:: -(-len(sources) // _SAMPLED_SOURCES)]:
         characters = 0
         for document in itertools.islice(
-            read_documents(source, text_field=text_field, damage=Damage()), _SAMPLED_DOCUMENTS
+            read_documents(source, text_field=text_field, damage=Damage(skips=skip_damaged)), _SAMPLED_DOCUMENTS
         ):
             yield document[:_SAMPLED_CHARACTERS]
             characters += len(document)
@@ -362,7 +376,9 @@ def _sample(sources: Sequence[Source], text_field: str) -> Iterator[str]:
 
 def _make_parts(share: Share, maker: PartMaker, how: _How, crew: Crew, progress: Progress) -> Iterator[PartFacts]:
     processes = 1 if share.is_one_part else how.processes
-    parts = parts_of_share(share, maker.sources, part_bytes=how.part_bytes, processes=processes)
+    parts = parts_of_share(
+        share, maker.sources, part_bytes=how.part_bytes, processes=processes, skip_damaged=how.skip_damaged
+    )
     for size, facts in _made(parts, maker, processes, how.threads, crew.check):
         progress.add(size)
         yield facts
@@ -441,7 +457,7 @@ class _Assembly:
                 "blocks_of_special_tokens": self._sum("dropped_blocks"),
             }
             | short,
-            damage={name: sum(each.damage[name] for each in self.facts) for name in vars(Damage())},
+            damage=self._damage(),
             sources=[self._source(number, source) for number, source in enumerate(self.plan.sources)],
             options=self.how.described(),
             files=files,
@@ -458,6 +474,11 @@ class _Assembly:
     def _sum(self, name: str) -> int:
         return sum(getattr(each, name) for each in self.facts)
 
+    def _damage(self) -> dict[str, int]:
+        """What was survived; the newer counts where they are not zero."""
+        counts = {each.name: sum(part.damage.get(each.name, 0) for part in self.facts) for each in fields(Damage)}
+        return {name: count for name, count in counts.items() if count or not name.startswith("damaged_")}
+
     def _warn_of_damage(self, made: Description) -> None:
         names, damage = ", ".join(self.plan.names), made.damage
         if damage["undecodable_documents"]:
@@ -465,6 +486,11 @@ class _Assembly:
                 "%s: %d of %d documents are not UTF-8; what could not be read became U+FFFD. If the text is in another "
                 "encoding convert it first, as with iconv -f latin1 -t utf-8",
                 *(names, damage["undecodable_documents"], made.documents),
+            )
+        if damage.keys() & {"damaged_files", "damaged_records"}:
+            log.warning(
+                "%s: skipped what %d damaged file(s) held after the damage, and %d record(s) that are no JSON",
+                *(names, damage.get("damaged_files", 0), damage.get("damaged_records", 0)),
             )
         if damage["control_characters"]:
             log.warning("%s: %d control characters became spaces", names, damage["control_characters"])
