@@ -4,6 +4,7 @@ import glob
 import gzip
 import io
 import json
+import logging
 import lzma
 import re
 import shutil
@@ -11,13 +12,18 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import InitVar, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
 from distilcb.errors import DataError, first_line
 from distilcb.hub import HUB_PREFIX, HubDataset
+
+log = logging.getLogger(__name__)
+
+# Of a damaged file what comes before the damage is kept to within so much.
+_READ_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,25 @@ _NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_
 
 @dataclass
 class Damage:
-    """What was survived while reading: counted, and reported in the description of the blocks."""
+    """What was survived while reading: counted, and reported in the description of the blocks.
+
+    skips: whether files that end in the middle and records that are no JSON are survived too.
+    """
 
     empty_documents: int = 0
     undecodable_documents: int = 0
     control_characters: int = 0
+    damaged_files: int = 0
+    damaged_records: int = 0
+    skips: InitVar[bool] = False
+
+    def __post_init__(self, skips: bool) -> None:
+        self.may_skip = skips
+
+    def survive(self, source: Source, fault: object) -> None:
+        """Count a file that ends in the middle."""
+        self.damaged_files += 1
+        log.warning("%s is damaged (%s): what comes before that is kept", source, fault)
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
@@ -107,38 +127,75 @@ def read_documents(
         texts = _read_parquet(source, text_field, start, end)
     else:
         lines = _lines(source, start, end)
-        texts = _of_lines(source, lines, text_field, lines_before=lambda: _count_lines_before(source, start))
+        before = partial(_count_lines_before, source, start)
+        texts = _of_lines(source, lines, text_field, damage, lines_before=before)
     yield from _cleaned(source, texts, damage)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Whole lines of a compressed file, after `lines_before` others."""
+    """Whole lines of a compressed file, after `lines_before` others. fault: what the file's damage after them is."""
 
     text: bytes
     lines_before: int
+    fault: str = ""
 
     def read_documents(self, source: Path, *, text_field: str, damage: Damage) -> Iterator[str]:
         """Its documents, as `read_documents` gives those of a file."""
-        texts = _of_lines(source, io.BytesIO(self.text), text_field, lines_before=lambda: self.lines_before)
+        lines = io.BytesIO(self.text)
+        texts = _of_lines(source, lines, text_field, damage, lines_before=lambda: self.lines_before)
         yield from _cleaned(source, texts, damage)
+        if self.fault:
+            damage.survive(source, self.fault)
 
 
-def read_chunks(path: Path, *, chunk_bytes: int) -> Iterator[tuple[Chunk, int]]:
+def read_chunks(path: Path, *, chunk_bytes: int, skip_damaged: bool = False) -> Iterator[tuple[Chunk, int]]:
     """A compressed file of lines in chunks of `chunk_bytes` or a line more, each with the bytes of the file it took.
+
+    Args:
+        skip_damaged: give of a file that ends in the middle what comes before that; the last chunk tells.
 
     Raises:
         DataError: the file is damaged.
     """
     lines = position = 0
-    with _naming(path), _open_bytes(path) as (stream, tell):
-        ahead = stream.read(1)
-        while ahead:
+    with _naming(path), _open_bytes(path) as (compressed, tell):
+        stream = _UntilDamage(compressed, survives=skip_damaged)
+        ahead, is_first = stream.read(1), True
+        while ahead or (stream.fault and is_first):
             text = b"".join((ahead, stream.read(chunk_bytes - 1), stream.readline()))
             ahead = stream.read(1)
             there = tell() if ahead else path.stat().st_size  # the last takes what a reader leaves unread
-            yield Chunk(text, lines), there - position
-            lines, position = lines + text.count(b"\n"), there
+            yield Chunk(text, lines, "" if ahead else stream.fault), there - position
+            lines, position, is_first = lines + text.count(b"\n"), there, False
+
+
+class _UntilDamage:
+    """A stream that ends where the one below it is damaged, if damage is to be survived."""
+
+    def __init__(self, stream: IO[bytes], *, survives: bool) -> None:
+        self._stream, self._survives, self.fault = stream, survives, ""
+
+    def read(self, size: int) -> bytes:
+        pieces = []
+        while size and (piece := self._get(self._stream.read, min(size, _READ_AT_ONCE))):
+            pieces.append(piece)
+            size -= len(piece)
+        return b"".join(pieces)
+
+    def readline(self) -> bytes:
+        return self._get(self._stream.readline, -1)
+
+    def _get(self, read: Callable[[int], bytes], size: int) -> bytes:
+        if self.fault:
+            return b""
+        try:
+            return read(size)
+        except _DAMAGES as error:
+            if not self._survives or not _is_damage(error):
+                raise
+            self.fault = _words_of(error)
+            return b""
 
 
 def opened(source: Source) -> Path | OpenDataset:
@@ -183,17 +240,36 @@ def _column_bytes(group: Any, text_field: str) -> int:
     return sum(each.total_uncompressed_size for each in columns if each.path_in_schema == text_field)
 
 
+# What the file system and the decompressors raise.
+_DAMAGES = (OSError, EOFError, lzma.LZMAError, zlib.error)
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether the file itself is at fault, and not the file system."""
+    return getattr(error, "errno", None) is None
+
+
+def _words_of(error: BaseException) -> str:
+    return str(error) or "the file ends in the middle"
+
+
 @contextmanager
-def _naming(source: Source) -> Iterator[None]:
-    """Let what the file system or a decompressor says name the source."""
+def _naming(source: Source, damage: Damage | None = None) -> Iterator[None]:
+    """Let what the file system or a decompressor says name the source; damage that may be survived is counted."""
     try:
         yield
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{source}: {error or 'the file ends in the middle'}. Fetch or make the file again.") from error
+    except _DAMAGES as error:
+        if damage is not None and damage.may_skip and _is_damage(error):
+            damage.survive(source, _words_of(error))
+            return
+        raise DataError(
+            f"{source}: {_words_of(error)}. Fetch or make the file again; launch/prepare.py --skip_damaged takes what "
+            "comes before the damage."
+        ) from error
 
 
 def _cleaned(source: Source, texts: Iterable[str | bytes], damage: Damage) -> Iterator[str]:
-    with _naming(source):
+    with _naming(source, damage):
         for text in texts:
             document = clean(text, damage)
             if document:
@@ -269,7 +345,7 @@ def _count_lines_before(path: Path, start: int) -> int:
 
 
 def _of_lines(
-    path: Path, lines: Iterable[bytes], text_field: str, *, lines_before: Callable[[], int]
+    path: Path, lines: Iterable[bytes], text_field: str, damage: Damage, *, lines_before: Callable[[], int]
 ) -> Iterator[str | bytes]:
     """The texts of a .txt's or a .jsonl's lines; lines_before() is asked where one is at fault."""
     if _format(path) == ".txt":
@@ -282,6 +358,9 @@ def _of_lines(
         try:
             record: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if damage.may_skip:
+                damage.damaged_records += 1
+                continue
             fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
             raise DataError(f"{path}, line {lines_before() + number}: not JSON ({fault}).") from error
         text = record.get(text_field, 0) if isinstance(record, dict) else 0

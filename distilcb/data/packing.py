@@ -67,22 +67,53 @@ class PartFacts:
     pending: int = 0
     dropped_blocks: int = 0
     short_documents: int = 0
+    duplicate_documents: int = 0
     damage: dict[str, int] = field(default_factory=dict)
     read: dict[int, list[int]] = field(default_factory=dict)
     files: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class PartMaker:
-    """Makes a part: reads, cleans, tokenizes, packs, writes. It pickles, for processes that make several."""
+class PartReader:
+    """Reads the documents of a part that are long enough."""
 
     sources: tuple[Path | OpenDataset, ...]
+    text_field: str
+    min_characters: int = 0
+    skip_damaged: bool = False
+
+    def read(self, part: Part, damage: Damage, facts: PartFacts) -> Iterator[str]:
+        """Cleaned documents in their order; what was read and left out is counted."""
+        for span in part.spans:
+            source, tally = self.sources[span.source], facts.read.setdefault(span.source, [0, 0])
+            how: dict[str, Any] = {"text_field": self.text_field, "damage": damage}
+            if part.chunk is not None:
+                assert isinstance(source, Path)
+                documents = part.chunk.read_documents(source, **how)
+            else:
+                documents = read_documents(source, start=span.start, end=span.end, **how)
+            for document in documents:
+                tally[0] += 1
+                tally[1] += len(document)
+                if len(document) < self.min_characters:
+                    facts.short_documents += 1
+                else:
+                    yield document
+
+
+@dataclass(frozen=True)
+class PartMaker:
+    """Makes a part: reads, cleans, tokenizes, packs, writes. It pickles, for processes that make several.
+
+    twins: the name of a part -> (documents,) whether each was there before and is left out; None: all stay.
+    """
+
+    reader: PartReader
     encoder: SentencePieceEncoder | PlainEncoder
     vocabulary: Vocabulary
     seq_len: int
-    text_field: str
-    min_characters: int
     folder: Path
+    twins: Callable[[str], NDArray[np.bool_]] | None = None
 
     def __call__(self, part: Part, tick: Callable[[], None] = lambda: None) -> PartFacts:
         """The facts of the part, once its files are in the folder. `tick` is called now and then.
@@ -93,7 +124,7 @@ class PartMaker:
         return finished_part(self.folder, part.name) or self._make(part, tick)
 
     def _make(self, part: Part, tick: Callable[[], None]) -> PartFacts:
-        facts, damage = PartFacts(part.name), Damage()
+        facts, damage = PartFacts(part.name), Damage(skips=self.reader.skip_damaged)
         packer = _Packer(self.vocabulary, self.seq_len)
         lengths: NDArray[np.int64] = np.zeros(1, dtype=np.int64)
         unwritten = self.folder / f"{part.name}.{uuid.uuid4().hex}"
@@ -126,23 +157,14 @@ class PartMaker:
         unwritten.replace(self.folder / f"{facts.name}.json")
 
     def _documents(self, part: Part, damage: Damage, facts: PartFacts) -> Iterator[str]:
-        for span in part.spans:
-            source, tally = self.sources[span.source], facts.read.setdefault(span.source, [0, 0])
-            how: dict[str, Any] = {"text_field": self.text_field, "damage": damage}
-            if part.chunk is not None:
-                assert isinstance(source, Path)
-                documents = part.chunk.read_documents(source, **how)
-            else:
-                documents = read_documents(source, start=span.start, end=span.end, **how)
-            for document in documents:
-                tally[0] += 1
-                tally[1] += len(document)
-                if len(document) < self.min_characters:
-                    facts.short_documents += 1
-                    continue
-                facts.words += document.count(" ") + 1
-                facts.text_bytes += len(document.encode())
-                yield document
+        twins = self.twins(part.name) if self.twins else None
+        for number, document in enumerate(self.reader.read(part, damage, facts)):
+            if twins is not None and twins[number]:
+                facts.duplicate_documents += 1
+                continue
+            facts.words += document.count(" ") + 1
+            facts.text_bytes += len(document.encode())
+            yield document
 
     def _encode(self, documents: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         if isinstance(self.encoder, SentencePieceEncoder):

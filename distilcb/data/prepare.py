@@ -18,7 +18,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +30,8 @@ from distilcb.data.blocks import TOKEN_COUNTS, Description, is_prepared, read_de
 from distilcb.data.corpus import Damage, OpenDataset, Source, find_sources, kind_of, opened, read_documents
 from distilcb.data.crew import Crew
 from distilcb.data.data_report import DataReport, write_report
-from distilcb.data.packing import ON_FULL_DISK, PartFacts, PartMaker, has_finished_parts, sum_of_arrays
+from distilcb.data.duplicates import HashMaker, duplicates_of, find_duplicates
+from distilcb.data.packing import ON_FULL_DISK, PartFacts, PartMaker, PartReader, has_finished_parts, sum_of_arrays
 from distilcb.data.parts import PART_BYTES, Part, Share, Stream, cut, share_out
 from distilcb.data.progress import Progress
 from distilcb.data.sentence_pieces import faster_encoder
@@ -70,6 +72,8 @@ class _How:
     seq_len: int
     text_field: str
     min_characters: int = 0
+    skip_damaged: bool = False
+    drop_duplicates: bool = False
     part_bytes: int = PART_BYTES
     processes: int = 1
     threads: int = 1
@@ -85,9 +89,14 @@ class _How:
 
     def described(self) -> dict[str, Any]:
         """The options that decide what the blocks hold; of the newer ones those that are not as they always were."""
-        cleaning = {"min_characters": self.min_characters} if self.min_characters else {}
         cut = {"part_bytes": self.part_bytes} if self.part_bytes != PART_BYTES else {}
-        return {"text_field": self.text_field} | cleaning | cut
+        return {"text_field": self.text_field} | {k: v for each in self.cleaning for k, v in each.items()} | cut
+
+    @property
+    def cleaning(self) -> list[dict[str, Any]]:
+        """What is asked for beyond what always was."""
+        asked = {name: getattr(self, name) for name in ("min_characters", "skip_damaged", "drop_duplicates")}
+        return [{name: value} for name, value in asked.items() if value]
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,8 @@ def prepare(
     seq_len: int,
     text_field: str = "text",
     min_characters: int = 0,
+    skip_damaged: bool = False,
+    drop_duplicates: bool = False,
     part_bytes: int = PART_BYTES,
     processes: int = 1,
     threads: int = 1,
@@ -130,6 +141,8 @@ def prepare(
     Args:
         text_field: the text's name in .jsonl and .parquet.
         min_characters: documents with fewer are left out.
+        drop_duplicates: of documents that are the same word for word the first one stays.
+        skip_damaged: read on past compressed files that end in the middle, and records that are no JSON; counted.
         part_bytes: of text that is packed together; the tokens at its end that fill no block are lost.
         processes: on this rank.
         threads: of the tokenizer, in each process.
@@ -139,7 +152,17 @@ def prepare(
         DataError: text that cannot be read or fills no block; an output that holds something else.
         ConfigError: blocks too short to mask a token of, or parts of no text.
     """
-    how = _How(tokenizer, seq_len, text_field, min_characters, part_bytes, processes, threads)
+    how = _How(
+        tokenizer,
+        seq_len,
+        text_field,
+        min_characters=min_characters,
+        skip_damaged=skip_damaged,
+        drop_duplicates=drop_duplicates,
+        part_bytes=part_bytes,
+        processes=processes,
+        threads=threads,
+    )
     crew = crew or Crew()
     plan = crew.from_main("plan", lambda: _plan(names, how))
     content = _shared_content_key(plan, how, crew, show_progress=show_progress)
@@ -201,12 +224,18 @@ def _prepare_content(
         if there := crew.from_main("there by now", lambda: _made_before(output, content)):
             return there
         encoder = crew.from_main("encoder", lambda: _encoder(how, plan))
-        maker = PartMaker(
-            plan.sources, encoder, how.tokenizer.vocabulary, how.seq_len, how.text_field, how.min_characters, folder
-        )
+        reader = PartReader(plan.sources, how.text_field, how.min_characters, how.skip_damaged)
         share = share_out(plan.units, ranks=crew.size)[crew.rank]
+        twins = None
+        if how.drop_duplicates:
+            with Progress(crew, what="looking for duplicates", total_bytes=plan.size, shown=show_progress) as progress:
+                hashed = list(_each_part(share, HashMaker(reader, folder), plan, how, crew, progress))
+                names = sorted(itertools.chain(*crew.gather("hashed", hashed)))
+            crew.from_main("duplicates", lambda: find_duplicates(folder, names, tick=crew.check))
+            twins = partial(duplicates_of, folder)
+        maker = PartMaker(reader, encoder, how.tokenizer.vocabulary, how.seq_len, folder, twins)
         with Progress(crew, what="preparing", total_bytes=plan.size, shown=show_progress) as progress:
-            own = list(_make_parts(share, maker, how, crew, progress))
+            own = list(_each_part(share, maker, plan, how, crew, progress))
             facts = sorted(itertools.chain(*crew.gather("facts", own)), key=lambda each: each.name)
         if crew.is_main:
             _Assembly(plan, how, content, folder, facts).finish(output, seconds=time.monotonic() - started)
@@ -236,8 +265,7 @@ def _shared_content_key(plan: _Plan, how: _How, crew: Crew, *, show_progress: bo
 def _content_key(plan: _Plan, how: _How, stretches: Sequence[tuple[Source, int]], by_rank: list[list[bytes]]) -> str:
     kinds = [kind_of(source) for source in plan.sources]
     facts: list[Any] = [1, how.tokenizer.vocabulary.fingerprint, how.seq_len, how.text_field, kinds]
-    if how.min_characters:
-        facts.append({"min_characters": how.min_characters})
+    facts += how.cleaning
     if not plan.is_one_part:
         facts.append({"part_bytes": how.part_bytes})
     key = hashlib.sha256(json.dumps(facts).encode())
@@ -343,16 +371,16 @@ def _encoder(how: _How, plan: _Plan) -> Any:
     if not isinstance(how.tokenizer, TextTokenizer):
         return how.tokenizer
     threads = how.threads * how.processes if plan.is_one_part else how.threads
-    sample = _sample(plan.sources, how.text_field)
+    sample = _sample(plan.sources, how.text_field, skip_damaged=how.skip_damaged)
     return faster_encoder(how.tokenizer, sample, threads=threads) or how.tokenizer.encoder
 
 
-def _sample(sources: Sequence[Source], text_field: str) -> Iterator[str]:
+def _sample(sources: Sequence[Source], text_field: str, *, skip_damaged: bool) -> Iterator[str]:
     """The first documents of each source, or of some where there are many."""
     for source in sources[:: -(-len(sources) // _SAMPLED_SOURCES)]:
         characters = 0
         for document in itertools.islice(
-            read_documents(source, text_field=text_field, damage=Damage()), _SAMPLED_DOCUMENTS
+            read_documents(source, text_field=text_field, damage=Damage(skips=skip_damaged)), _SAMPLED_DOCUMENTS
         ):
             yield document[:_SAMPLED_CHARACTERS]
             characters += len(document)
@@ -360,18 +388,23 @@ def _sample(sources: Sequence[Source], text_field: str) -> Iterator[str]:
                 break
 
 
-def _make_parts(share: Share, maker: PartMaker, how: _How, crew: Crew, progress: Progress) -> Iterator[PartFacts]:
+def _each_part(
+    share: Share, maker: Callable[..., Any], plan: _Plan, how: _How, crew: Crew, progress: Progress
+) -> Iterator[Any]:
+    """What `maker` gives for each part of the share."""
     processes = 1 if share.is_one_part else how.processes
-    parts = parts_of_share(share, maker.sources, part_bytes=how.part_bytes, processes=processes)
-    for size, facts in _made(parts, maker, processes, how.threads, crew.check):
+    parts = parts_of_share(
+        share, plan.sources, part_bytes=how.part_bytes, processes=processes, skip_damaged=how.skip_damaged
+    )
+    for size, made in _made(parts, maker, processes, how.threads, crew.check):
         progress.add(size)
-        yield facts
+        yield made
 
 
 def _made(
-    parts: Iterator[Part | None], maker: PartMaker, processes: int, threads: int, tick: Callable[[], None]
-) -> Iterator[tuple[int, PartFacts]]:
-    """(bytes of the sources, facts) of each part, made here or by other processes."""
+    parts: Iterator[Part | None], maker: Callable[..., Any], processes: int, threads: int, tick: Callable[[], None]
+) -> Iterator[tuple[int, Any]]:
+    """(bytes of the sources, what was made) of each part, here or by other processes."""
     if processes == 1:
         for part in parts:
             if part is None:
@@ -427,7 +460,9 @@ class _Assembly:
     def _description(self, files: list[str]) -> Description:
         blocks = self._sum("blocks")
         tokenizer, seq_len = self.how.tokenizer, self.how.seq_len
-        short = {"short_documents": self._sum("short_documents")} if self.how.min_characters else {}
+        left_out = {"short_documents": self._sum("short_documents")} if self.how.min_characters else {}
+        if self.how.drop_duplicates:
+            left_out["duplicate_documents"] = self._sum("duplicate_documents")
         return Description(
             blocks=blocks,
             seq_len=seq_len,
@@ -440,8 +475,8 @@ class _Assembly:
                 "tokens_at_the_end": self._sum("pending"),
                 "blocks_of_special_tokens": self._sum("dropped_blocks"),
             }
-            | short,
-            damage={name: sum(each.damage[name] for each in self.facts) for name in vars(Damage())},
+            | left_out,
+            damage=self._damage(),
             sources=[self._source(number, source) for number, source in enumerate(self.plan.sources)],
             options=self.how.described(),
             files=files,
@@ -458,6 +493,11 @@ class _Assembly:
     def _sum(self, name: str) -> int:
         return sum(getattr(each, name) for each in self.facts)
 
+    def _damage(self) -> dict[str, int]:
+        """What was survived; the newer counts where they are not zero."""
+        counts = {each.name: sum(part.damage.get(each.name, 0) for part in self.facts) for each in fields(Damage)}
+        return {name: count for name, count in counts.items() if count or not name.startswith("damaged_")}
+
     def _warn_of_damage(self, made: Description) -> None:
         names, damage = ", ".join(self.plan.names), made.damage
         if damage["undecodable_documents"]:
@@ -465,6 +505,11 @@ class _Assembly:
                 "%s: %d of %d documents are not UTF-8; what could not be read became U+FFFD. If the text is in another "
                 "encoding convert it first, as with iconv -f latin1 -t utf-8",
                 *(names, damage["undecodable_documents"], made.documents),
+            )
+        if damage.keys() & {"damaged_files", "damaged_records"}:
+            log.warning(
+                "%s: skipped what %d damaged file(s) held after the damage, and %d record(s) that are no JSON",
+                *(names, damage.get("damaged_files", 0), damage.get("damaged_records", 0)),
             )
         if damage["control_characters"]:
             log.warning("%s: %d control characters became spaces", names, damage["control_characters"])

@@ -36,6 +36,8 @@ def prepare_from(words: list[str], *, description: str | None) -> None:
             seq_len=options.seq_len,
             text_field=options.text_field,
             min_characters=options.min_characters,
+            skip_damaged=options.skip_damaged,
+            drop_duplicates=options.drop_duplicates,
             part_bytes=round(options.part_megabytes * (1 << 20)),
             processes=processes,
             threads=max(1, cores // processes),
@@ -68,6 +70,16 @@ def _parser(description: str | None) -> Parser:
     parser.add_argument("--processes", type=number(1), help="on each rank (default: one a core that the rank may use)")
     parser.add_argument(
         "--min_characters", type=number(0), default=0, metavar="N", help="leave out shorter documents (default: 0)"
+    )
+    parser.add_argument(
+        "--drop_duplicates",
+        action="store_true",
+        help="of documents (lines of .txt) that are the same word for word the first one stays; the text is read twice",
+    )
+    parser.add_argument(
+        "--skip_damaged",
+        action="store_true",
+        help="read on past compressed files that end in the middle and records that are no JSON; they are counted",
     )
     parser.add_argument(
         "--part_megabytes",

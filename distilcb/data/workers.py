@@ -12,11 +12,12 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from distilcb.data.corpus import Source, read_chunks
+from distilcb.data.corpus import Chunk, Source, read_chunks
 from distilcb.data.parts import Part, Share, Span, StreamShare
 from distilcb.errors import DataError, UserError
 
@@ -145,7 +146,7 @@ def _work(connection: Connection, threads: int, parent: int) -> None:
 
 
 def parts_of_share(
-    share: Share, sources: Sequence[Source], *, part_bytes: int, processes: int
+    share: Share, sources: Sequence[Source], *, part_bytes: int, processes: int, skip_damaged: bool = False
 ) -> Iterator[Part | None]:
     """All parts of a share. Streams are read ahead in threads, and other parts fill the time in which none is ready.
 
@@ -155,7 +156,8 @@ def parts_of_share(
         yield from share.parts
         return
     readers = min(len(share.streams), 1 + processes // _PROCESSES_A_READER)
-    reading = _ReadAhead(share.streams, sources, part_bytes=part_bytes, readers=readers)
+    read = partial(read_chunks, chunk_bytes=part_bytes, skip_damaged=skip_damaged)
+    reading = _ReadAhead(share.streams, sources, read, readers=readers)
     rest = iter(share.parts)
     try:
         while True:
@@ -171,9 +173,14 @@ class _ReadAhead:
     """The parts of streams, read by threads: decompressing leaves Python's lock to others."""
 
     def __init__(
-        self, streams: Sequence[StreamShare], sources: Sequence[Source], *, part_bytes: int, readers: int
+        self,
+        streams: Sequence[StreamShare],
+        sources: Sequence[Source],
+        read_chunks: Callable[[Any], Iterator[tuple[Chunk, int]]],
+        *,
+        readers: int,
     ) -> None:
-        self._sources, self._part_bytes = sources, part_bytes
+        self._sources, self._read_chunks = sources, read_chunks
         self._streams = iter(streams)
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -226,7 +233,7 @@ class _ReadAhead:
     def _read_stream(self, share: StreamShare) -> None:
         stream = share.stream
         path: Any = self._sources[stream.source]
-        for number, (chunk, size) in enumerate(read_chunks(path, chunk_bytes=self._part_bytes)):
+        for number, (chunk, size) in enumerate(self._read_chunks(path)):
             if self._stopped.is_set():
                 return
             if share.has(number):

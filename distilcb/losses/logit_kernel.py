@@ -87,9 +87,7 @@ def _rows(  # type: ignore[no-untyped-def]  # Triton's own types
     largest, exps = -float("inf"), 0.0
     teacher_largest, teacher_exps, crossed = -float("inf"), 0.0, 0.0
     soft_exps, squares, at_label = 0.0, 0.0, 0.0
-    label = -1
-    if is_hard:
-        label = tl.load(labels + row)
+    label = tl.load(labels + row, mask=is_hard, other=-1)
     for first in range(0, vocab, BLOCK):
         columns = first + lanes
         inside = columns < vocab
@@ -99,26 +97,28 @@ def _rows(  # type: ignore[no-untyped-def]  # Triton's own types
         if is_hard:
             exps = exps * tl.exp(before - largest) + tl.sum(tl.exp(logits - largest), 0)
             at_label += tl.sum(tl.where(columns == label, logits, 0.0), 0)
-        if is_soft and (HAS_KL or HAS_MSE):
-            targets = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            distance = tl.where(inside, targets, 0.0) - tl.where(inside, logits, 0.0)
-            if HAS_MSE:
-                squares += tl.sum(distance * distance, 0)
-            if HAS_KL:
-                teacher_before = teacher_largest
-                teacher_largest = tl.maximum(teacher_largest, tl.max(targets, 0))
-                shrinks = tl.exp((teacher_before - teacher_largest) * inverse_temperature)
-                weights = tl.exp((targets - teacher_largest) * inverse_temperature)
-                teacher_exps = teacher_exps * shrinks + tl.sum(weights, 0)
-                crossed = crossed * shrinks + tl.sum(weights * distance, 0)
-                shrinks = tl.exp((before - largest) * inverse_temperature)
-                soft_exps = soft_exps * shrinks + tl.sum(tl.exp((logits - largest) * inverse_temperature), 0)
+        if HAS_KL or HAS_MSE:
+            if is_soft:
+                targets = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
+                distance = tl.where(inside, targets, 0.0) - tl.where(inside, logits, 0.0)
+                if HAS_MSE:
+                    squares += tl.sum(distance * distance, 0)
+                if HAS_KL:
+                    teacher_before = teacher_largest
+                    teacher_largest = tl.maximum(teacher_largest, tl.max(targets, 0))
+                    shrinks = tl.exp((teacher_before - teacher_largest) * inverse_temperature)
+                    weights = tl.exp((targets - teacher_largest) * inverse_temperature)
+                    teacher_exps = teacher_exps * shrinks + tl.sum(weights, 0)
+                    crossed = crossed * shrinks + tl.sum(weights * distance, 0)
+                    shrinks = tl.exp((before - largest) * inverse_temperature)
+                    soft_exps = soft_exps * shrinks + tl.sum(tl.exp((logits - largest) * inverse_temperature), 0)
 
     kl = 0.0
-    if is_soft and HAS_KL:
-        # Sum of p (log p - log q): the distance of the logits less that of the log-sum-exps.
-        kl = (crossed / teacher_exps + largest - teacher_largest) * inverse_temperature
-        kl = (kl + tl.log(soft_exps) - tl.log(teacher_exps)) / (inverse_temperature * inverse_temperature)
+    if HAS_KL:
+        if is_soft:
+            # Sum of p (log p - log q): the distance of the logits less that of the log-sum-exps.
+            kl = (crossed / teacher_exps + largest - teacher_largest) * inverse_temperature
+            kl = (kl + tl.log(soft_exps) - tl.log(teacher_exps)) / (inverse_temperature * inverse_temperature)
     mlm = 0.0
     if is_hard:
         mlm = tl.log(exps) + largest - at_label
@@ -135,15 +135,16 @@ def _rows(  # type: ignore[no-untyped-def]  # Triton's own types
             inside = columns < vocab
             logits = tl.load(student + columns, mask=inside, other=-float("inf")).to(tl.float32)
             gradient = tl.zeros([BLOCK], dtype=tl.float32)
-            if is_soft and (HAS_KL or HAS_MSE):
-                targets = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
-                if HAS_KL:
-                    ours = tl.exp((logits - largest) * inverse_temperature) / soft_exps
-                    theirs = tl.exp((targets - teacher_largest) * inverse_temperature) / teacher_exps
-                    gradient += (ours - theirs) * (kl_factor / inverse_temperature)
-                if HAS_MSE:
-                    distance = tl.where(inside, logits, 0.0) - tl.where(inside, targets, 0.0)
-                    gradient += 2 * mse_factor * distance
+            if HAS_KL or HAS_MSE:
+                if is_soft:
+                    targets = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
+                    if HAS_KL:
+                        ours = tl.exp((logits - largest) * inverse_temperature) / soft_exps
+                        theirs = tl.exp((targets - teacher_largest) * inverse_temperature) / teacher_exps
+                        gradient += (ours - theirs) * (kl_factor / inverse_temperature)
+                    if HAS_MSE:
+                        distance = tl.where(inside, logits, 0.0) - tl.where(inside, targets, 0.0)
+                        gradient += 2 * mse_factor * distance
             if is_hard:
                 gradient += mlm_factor * (tl.exp(logits - largest) / exps - tl.where(columns == label, 1.0, 0.0))
             tl.store(student + columns, (gradient * factor).to(student.dtype.element_ty), mask=inside)

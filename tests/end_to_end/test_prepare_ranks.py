@@ -61,6 +61,21 @@ def test_several_processes_make_the_same_files(alone, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
+def test_ranks_leave_out_the_same_duplicates_as_one_process(tmp_path):
+    twice = [TEXT, str(tmp_path / "again.txt")]
+    first = sorted(TEXT.glob("*.txt"))[0].read_text(encoding="utf-8")
+    (tmp_path / "again.txt").write_text(first + "Une ligne de plus, qui ne se trouve nulle part.\n", encoding="utf-8")
+    made = {}
+    for name, launcher in {"alone": [], "ranks": MPIRUN}.items():
+        done = ended([*launcher, *words_for(tmp_path / name, *twice), "--drop_duplicates"])
+        assert done.returncode == 0, done.stdout + done.stderr
+        made[name] = files_of(tmp_path / name)
+    assert made["ranks"] == made["alone"]
+    dropped = read_description(tmp_path / "ranks").dropped["duplicate_documents"]
+    assert dropped >= len([line for line in first.splitlines() if line.strip()])
+
+
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun")
 def test_ranks_under_mpirun_make_the_same_files(alone, tmp_path):
     done = ended([*MPIRUN, *words_for(tmp_path / "out", TEXT)])
     assert done.returncode == 0, done.stdout + done.stderr

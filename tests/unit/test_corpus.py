@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -353,3 +354,10 @@ def test_a_line_of_five_megabytes_is_one_document(tmp_path, format_, compression
     documents, damage = read(write(tmp_path / f"a{format_}{compression}", [document, "bref"]))
     assert documents == [document.strip(), "bref"]
     assert damage == {}
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs Linux's /proc/self/mem, which reads as EIO")
+def test_what_the_file_system_refuses_is_not_skipped_as_damage(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match="Input/output error"):
+        list(read_documents(tmp_path / "a.txt", text_field="text", damage=Damage(skips=True)))

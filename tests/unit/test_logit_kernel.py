@@ -1,5 +1,9 @@
 """The head's pass over logits, vectorised and as a Triton kernel, against the plain terms in float64."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -97,3 +101,32 @@ def test_kernel_gives_zero_for_a_student_that_is_its_teacher(kernel):
     sums = kernel(student, logits(ROWS, 1), torch.empty(0, dtype=torch.int64, device=DEVICE), terms, None, True)
     assert sums.tolist() == [0, 0, 0]
     assert student.abs().max() == 0
+
+
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from distilcb.losses.logit_kernel import _rows
+
+flags = {"HAS_KL": True, "HAS_MSE": True, "HAS_SCALE": True, "WANTS_GRADIENT": True, "BLOCK": 4096}
+whole = {name: "i32" for name in ("vocab", "student_stride", "teacher_stride", "rows", "soft_rows", "hard_rows")}
+real = {name: "fp32" for name in ("inverse_temperature", "kl_factor", "mlm_factor", "mse_factor")}
+for architecture, half in ((70, "fp16"), (80, "bf16"), (90, "fp16")):
+    pointers = {"student": f"*{half}", "teacher": f"*{half}", "labels": "*i64", "scale": "*fp32", "sums": "*fp32"}
+    signature = pointers | whole | real | {name: "constexpr" for name in flags}
+    source = ASTSource(fn=_rows, signature=signature, constexprs=flags)
+    made = compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": 8})
+    print(architecture, len(made.asm["cubin"]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Triton's own assembler")
+def test_the_kernel_compiles_for_volta_ampere_and_hopper_without_a_gpu(tmp_path):
+    """What the interpreter does not look at: types that a compiler must settle."""
+    environ = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
+    environ["TRITON_CACHE_DIR"] = str(tmp_path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    sizes = dict(map(int, line.split()) for line in done.stdout.splitlines())
+    assert sizes.keys() == {70, 80, 90}
+    assert min(sizes.values()) > 1000

@@ -3,6 +3,7 @@
 import gzip
 import itertools
 import json
+import lzma
 import os
 import stat
 import unicodedata
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 import distilcb
 from distilcb.config import REPOSITORY
@@ -423,6 +425,44 @@ def test_a_fault_in_the_last_file_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match=r"b\.jsonl, line 2: not JSON"):
         prepare([str(tmp_path)], tokenizer=Numerals(), output=tmp_path / "store/out", seq_len=16)
     assert list((tmp_path / "store").iterdir()) == []
+
+
+PACKED = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda text: zstandard.compress(text, level=1)}
+
+
+@pytest.mark.parametrize("part_bytes", [1 << 22, 20_000], ids=["one part", "chunks of a stream"])
+@pytest.mark.parametrize("packing", PACKED)
+def test_a_file_that_ends_in_the_middle_is_refused_or_gives_what_comes_before(tmp_path, packing, part_bytes):
+    lines = random_numerals(60_000, seed=1)
+    whole = PACKED[packing]("".join(f"{line}\n" for line in lines).encode())
+    damaged = tmp_path / f"damaged.txt{packing}"
+    damaged.write_bytes(whole[: len(whole) * 2 // 3])
+    good = write_lines(tmp_path / "good.txt", random_numerals(500, seed=2))
+    how = {"tokenizer": Numerals(), "seq_len": 16, "part_bytes": part_bytes}
+    with pytest.raises(DataError, match=rf"damaged\.txt\{packing}: .*--skip_damaged"):
+        prepare([good, str(damaged)], output=tmp_path / "refused", **how)
+    made = prepare([good, str(damaged)], output=tmp_path / "out", skip_damaged=True, **how)
+    assert made.damage["damaged_files"] == 1
+    assert "damaged_records" not in made.damage
+    assert 500 + 0.3 * len(lines) < made.documents < 500 + 0.7 * len(lines)
+    assert made.options["skip_damaged"] is True
+
+
+def test_a_broken_stream_of_nothing_is_counted(tmp_path):
+    (tmp_path / "broken.txt.xz").write_bytes(b"\xfd7zXZ\x00 no more")
+    good = write_lines(tmp_path / "good.txt", random_numerals(500))
+    how = {"tokenizer": Numerals(), "seq_len": 16, "part_bytes": 2, "skip_damaged": True}
+    made = prepare([good, str(tmp_path / "broken.txt.xz")], output=tmp_path / "out", **how)
+    assert (made.documents, made.damage["damaged_files"]) == (500, 1)
+
+
+def test_records_that_are_no_json_are_left_out_and_counted(tmp_path):
+    lines = [json.dumps({"text": line}) for line in random_numerals(300)]
+    text = write_lines(tmp_path / "a.jsonl", [*lines[:100], '{"text": "1 2', *lines[100:], '{"te'])
+    made = prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16, skip_damaged=True)
+    assert (made.documents, made.damage["damaged_records"]) == (300, 2)
+    with pytest.raises(DataError, match="line 101: not JSON"):
+        prepare([text], tokenizer=Numerals(), output=tmp_path / "refused", seq_len=16)
 
 
 @pytest.mark.skipif(

@@ -82,7 +82,7 @@ def slow_stream(tmp_path, monkeypatch):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     go_on = threading.Event()
 
-    def read_slowly(path, *, chunk_bytes):
+    def read_slowly(path, *, chunk_bytes, skip_damaged):
         for number, chunk in enumerate(read_chunks(path, chunk_bytes=chunk_bytes)):
             if number == 1:
                 go_on.wait(60)

@@ -1,0 +1,114 @@
+"""Documents that were there before are left out, the first one stays, whatever the cut and whoever works."""
+
+import gzip
+
+import numpy as np
+import pytest
+import zstandard
+from test_prepare import Numerals, all_blocks, files_of, random_numerals
+
+from distilcb.data import duplicates
+from distilcb.data.blocks import read_description
+from distilcb.data.prepare import prepare
+from distilcb.errors import DataError
+
+EOS = 1
+
+
+def corpus(folder):
+    """Four files of documents of which about half were there before, one file twice; all documents in their order."""
+    generator = np.random.default_rng(3)
+    different = random_numerals(700, longest=12)
+    documents = []
+    for number, suffix in enumerate(("txt", "txt.gz", "txt", "txt.zst")):
+        chosen = [different[place] for place in generator.integers(len(different), size=500)]
+        text = "".join(f"{document}\n" for document in chosen).encode()
+        packed = {"txt": text, "txt.gz": gzip.compress(text), "txt.zst": zstandard.compress(text)}[suffix]
+        (folder / f"{number}.{suffix}").write_bytes(packed)
+        documents += chosen
+    return documents
+
+
+def tokens_of(documents):
+    return [int(word) for document in documents for word in [*document.split(), EOS]]
+
+
+def stream(folder):
+    return all_blocks(folder)[:, 1:-1].ravel()
+
+
+@pytest.fixture
+def text(tmp_path):
+    folder = tmp_path / "text"
+    folder.mkdir()
+    return folder, corpus(folder)
+
+
+def test_what_stays_are_the_first_of_each_in_their_order(text, tmp_path):
+    folder, documents = text
+    made = prepare([str(folder)], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16, drop_duplicates=True)
+    kept = list(dict.fromkeys(documents))
+    assert len(kept) < 0.5 * len(documents)
+    assert (made.documents, made.dropped["duplicate_documents"]) == (len(kept), len(documents) - len(kept))
+    found = stream(tmp_path / "out")
+    assert found.tolist() == tokens_of(kept)[: found.size]
+    assert made.options["drop_duplicates"] is True
+
+
+@pytest.mark.parametrize("compared_at_once", [1 << 24, 100])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_however_it_is_cut_and_whoever_works_as_many_stay(text, tmp_path, monkeypatch, processes, compared_at_once):
+    monkeypatch.setattr(duplicates, "_COMPARED_AT_ONCE", compared_at_once)
+    folder, documents = text
+    how = {"tokenizer": Numerals(), "seq_len": 8, "part_bytes": 1500, "drop_duplicates": True}
+    made = prepare([str(folder)], output=tmp_path / "out", processes=processes, **how)
+    assert made.documents == len(set(documents))
+    prepare([str(folder)], output=tmp_path / "again", **how)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+
+
+def test_without_the_option_all_stay_and_nothing_is_said_of_duplicates(text, tmp_path):
+    folder, documents = text
+    made = prepare([str(folder)], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+    assert made.documents == len(documents)
+    assert "duplicate_documents" not in made.dropped
+    assert "drop_duplicates" not in made.options
+
+
+def test_documents_that_are_too_short_are_counted_as_such_and_not_as_duplicates(text, tmp_path):
+    folder, documents = text
+    how = {"tokenizer": Numerals(), "seq_len": 16, "min_characters": 12, "drop_duplicates": True}
+    made = prepare([str(folder)], output=tmp_path / "out", **how)
+    long = [document for document in documents if len(document) >= 12]
+    assert made.documents == len(set(long))
+    assert made.dropped["short_documents"] == len(documents) - len(long)
+    assert made.dropped["duplicate_documents"] == len(long) - len(set(long))
+
+
+def test_a_killed_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, monkeypatch):
+    folder, documents = text
+    how = {"tokenizer": Numerals(), "seq_len": 16, "drop_duplicates": True, "part_bytes": 1500}
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distilcb.data.prepare.find_duplicates", die)
+        patch.setattr("distilcb.data.prepare.has_finished_parts", lambda _: True)  # as where a kill left them
+        with pytest.raises(KeyboardInterrupt):
+            prepare([str(folder)], output=tmp_path / "out", **how)
+    (left,) = tmp_path.glob(".out.*.tmp")
+    before = {path.name: path.stat().st_mtime_ns for path in left.glob("*.places")}
+    assert len(before) > 4
+    seen = []
+    real = duplicates.HashMaker._make
+    monkeypatch.setattr(duplicates.HashMaker, "_make", lambda *words: seen.append(words) or real(*words))
+    prepare([str(folder)], output=tmp_path / "out", **how)
+    assert not seen
+    assert read_description(tmp_path / "out").documents == len(set(documents))
+
+
+def test_hashes_that_another_node_has_written_and_nobody_sees_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(duplicates, "_FILES_ARE_SEEN_WITHIN_SECONDS", 0.1)
+    with pytest.raises(DataError, match="is not seen here: is it one file system on all nodes"):
+        duplicates.find_duplicates(tmp_path, ["00000.00000"])
