@@ -233,8 +233,8 @@ def _see_shards(folder: Path, world_size: int) -> None:
 
 def _unwritable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be written ({error}). The checkpoints before it are good; mend that, by freeing some "
-        "space where the disk is full, and run the same command again."
+        f"{path} cannot be written ({error}). The checkpoints before it are good; free some space and run the same "
+        "command again."
     )
 
 

@@ -158,12 +158,20 @@ def test_the_clusters_guide_uses_options_that_are_there(tmp_path, monkeypatch):
             assert parse_command_line(words[words.index(batch_file) + 1 :]).config.data.seq_len == 512
         elif program == "launch/train.py":
             assert parse_command_line(words[words.index(program) + 1 :]).config.data.seq_len == 512
+        elif program == "launch/plan.py":
+            make_plan_of(words[words.index(program) + 1 :])
         elif program is not None:
             understood = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, check=True)
             options = [word for word in words if word.startswith("--")]
             assert [option for option in options if option not in understood.stdout] == []
         seen.append(program)
     assert {"launch/prepare.py", "launch/train.py", "launch/export.py"} <= set(seen)
+
+
+def make_plan_of(words):
+    from distilcb.plan.command import plan_from
+
+    plan_from(words, description=None)
 
 
 def test_every_batch_file_is_a_script_that_the_page_on_slurm_names():

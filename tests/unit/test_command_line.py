@@ -14,6 +14,7 @@ NEEDED = {
     "doctor": [],
     "evaluate": ["model", "--output", "out"],
     "export": ["run", "--output", "out"],
+    "plan": ["--gpus", "8", "--gpu", "h100"],
     "prepare": ["--input", "a.txt", "--tokenizer", "model", "--output", "out"],
     "replay": ["run", "--step", "1"],
 }

@@ -418,7 +418,7 @@ def rank_zero(port):
 def wait_until_it_beats(port):
     from torch.distributed import PrefixStore, TCPStore
 
-    store = PrefixStore("prepare", TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
+    store = PrefixStore("prepare/0", TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False))
     while store.add("beat/1", 0) < 2:
         time.sleep(0.05)
 

@@ -12,7 +12,7 @@ from distilcb.config import REPOSITORY
 # Parts of a layer import from those before it, and not from each other.
 LAYERS = [
     {"errors"},
-    {"launcher", "hub", "config"},
+    {"launcher", "hub", "config", "gpus"},
     {"command_line", "machine"},
     {"distributed"},
     {"preemption", "watchdog"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"engine"},
     {"eval", "export"},
     {"train"},
-    {"doctor"},
+    {"doctor", "plan"},
     {"launch"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
