@@ -300,17 +300,15 @@ def _show_and_end_among_ranks() -> None:
 def _tell_and_end(error: Exception) -> int:
     code = 2 if isinstance(error, UserError) else 1
     prefix = ""
+    rank = os.environ.get("RANK", "?")
     # Rank 1, and where it went with rank 0's machine the first rank of the next one.
-    if isinstance(error, RankZeroLostError) and (rank := os.environ["RANK"]) in (
-        "1",
-        os.environ.get("LOCAL_WORLD_SIZE"),
-    ):
+    if isinstance(error, RankZeroLostError) and rank in ("1", os.environ.get("LOCAL_WORLD_SIZE")):
         print(f"[rank {rank}] TrainingError: {error}", file=sys.stderr, flush=True)
     if not is_main_process():
         # Launchers end the others with SIGTERM once rank zero has failed, and srun reports the largest exit code.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         time.sleep(_RANK_ZERO_SPEAKS_FIRST_SECONDS)
-        prefix = f"[rank {os.environ.get('RANK', '?')}] "
+        prefix = f"[rank {rank}] "
     if not prefix or isinstance(error, UserError):
         print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr, flush=True)
     _end_at_once_among_ranks(code)

@@ -25,9 +25,9 @@ ALLOWED = (
     "prescale_gradients",
     "gradient_predivide_factor",
 )
-# DeepSpeed's name -> where the recipe says it.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
+# DeepSpeed's name -> where the recipe says it.
 IN_RECIPE = {
     "train_batch_size": "optim.global_batch",
     "train_micro_batch_size_per_gpu": "optim.micro_batch",
