@@ -31,6 +31,7 @@ def uses_cuda() -> bool:
 
 
 def select_cuda_device(world: World) -> None:
+    """Make the CUDA device of this rank's local number the current one; LaunchError where the machine has too few."""
     import torch
 
     devices = torch.cuda.device_count()

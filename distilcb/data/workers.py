@@ -94,12 +94,14 @@ class _Worker:
             self.connection.send_bytes(make)
 
     def begin(self, part: Part) -> None:
+        """Let it make this part; result() waits for it."""
         # Only its number is wanted back.
         self.part = Part(part.name, part.spans)
         with suppress(ConnectionError):  # as above
             self.connection.send(part)
 
     def result(self) -> Any:
+        """What was made of the part; what the process raised is raised here, and DataError where it was killed."""
         try:
             result, fault = self.connection.recv()
         except (EOFError, ConnectionResetError):

@@ -123,6 +123,7 @@ class _StreamedHead(torch.autograd.Function):
         teacher: tuple[Tensor, Tensor, Tensor | None] | None,
         pass_: _Pass,
     ) -> tuple[Tensor, ...]:
+        """Loss and sums, scalars; the gradients are ready when it returns."""
         with torch.autocast(features.device.type, enabled=False):
             stream = _Stream(features, weight, bias, labels, teacher, pass_)
             for start in range(0, stream.rows, pass_.chunk_rows):
@@ -138,6 +139,7 @@ class _StreamedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_unused: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of features, decoder and bias, scaled by the incoming one."""
         # grad_loss carries the loss scale of fp16; applied here, in fp32, to gradients that had no count in them yet.
         factor = grad_loss.float() * ctx.factor
         gradients = [

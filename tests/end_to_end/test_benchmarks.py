@@ -16,25 +16,26 @@ def run(*words):
     return subprocess.run(list(map(str, words)), cwd=REPOSITORY, capture_output=True, text=True, timeout=400)
 
 
-def test_the_heads_benchmark_tells_time_memory_and_error(tmp_path):
-    ended = run(
-        sys.executable, "benchmarks/head.py", "--quick", "--json", tmp_path / "f.json", "--report", tmp_path / "r.md"
-    )
+def figures_of(name, folder, *words):
+    """What a quick run of a benchmark leaves as data."""
+    ended = run(sys.executable, f"benchmarks/{name}.py", "--quick", "--json", folder / "f.json", *words)
     assert ended.returncode == 0, ended.stderr
-    figures = json.loads((tmp_path / "f.json").read_text())
+    return json.loads((folder / "f.json").read_text()), ended.stdout
+
+
+def test_the_heads_benchmark_tells_time_memory_and_error(tmp_path):
+    figures, said = figures_of("head", tmp_path, "--report", tmp_path / "r.md")
     assert figures["error, streamed"]["loss"] < 1e-3
     assert figures["error, streamed"]["decoder"] < 1.2 * figures["error, plain"]["decoder"]
     streamed = figures["streamed, 1024 tokens"]
     assert 0 < streamed["memory_share_of_plain"] < 0.5
     assert streamed["seconds"] > 0
-    assert (tmp_path / "r.md").read_text() in ended.stdout + "\n"
+    assert (tmp_path / "r.md").read_text() in said + "\n"
 
 
 def test_the_steps_benchmark_has_every_contender(tmp_path):
-    words = ["--quick", "--cases", "mini", "--json", tmp_path / "f.json", "--deepspeed", "zero2_cpu"]
-    ended = run(sys.executable, "benchmarks/step.py", *words)
-    assert ended.returncode == 0, ended.stderr
-    figures = {name: value for name, value in json.loads((tmp_path / "f.json").read_text()).items() if "mini" in name}
+    found, _ = figures_of("step", tmp_path, "--cases", "mini", "--deepspeed", "zero2_cpu")
+    figures = {name: value for name, value in found.items() if "mini" in name}
     assert {name.partition(": ")[2] for name in figures} == {
         "original loop, fp32",
         "original loop, fp32, padded",
@@ -46,27 +47,21 @@ def test_the_steps_benchmark_has_every_contender(tmp_path):
     assert 0 < figures["mini, length 128: original loop, fp32, padded"]["padding_share"] < 0.3
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_what_wants_a_gpu_says_so_where_there_is_none(tmp_path):
-    ended = run("env", f"PYTHON={sys.executable}", "bash", "benchmarks/gpu_all.sh", tmp_path / "out")
-    assert ended.returncode == 2
-    assert "torch sees no CUDA device" in ended.stderr
-
-
 def test_the_benchmark_of_preparing_has_ours_and_the_others(tmp_path):
-    words = ["--quick", "--megabytes", "2", "--folder", tmp_path, "--json", tmp_path / "f.json"]
-    ended = run(sys.executable, "benchmarks/prepare.py", *words)
-    assert ended.returncode == 0, ended.stderr
-    figures = json.loads((tmp_path / "f.json").read_text())
+    figures, _ = figures_of("prepare", tmp_path, "--megabytes", "2", "--folder", tmp_path)
     assert figures["ours, 1 process(es)"]["over_line_by_line"] > 1
     assert figures["the original's way"]["over_the_original"] == 1
     assert 50e6 < figures["peak_bytes_of_a_process"] < 2e9
 
 
 def test_the_loaders_benchmark_tells_rows_and_waiting(tmp_path):
-    words = ["--quick", "--megabytes", "2", "--folder", tmp_path, "--json", tmp_path / "f.json"]
-    ended = run(sys.executable, "benchmarks/loader.py", *words)
-    assert ended.returncode == 0, ended.stderr
-    figures = json.loads((tmp_path / "f.json").read_text())
+    figures, _ = figures_of("loader", tmp_path, "--megabytes", "2", "--folder", tmp_path)
     assert figures["shuffled and masked, in this process"]["rows_per_second"] > 100
     assert 0 <= figures["share_of_a_step_waited"] < 0.5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_what_wants_a_gpu_says_so_where_there_is_none(tmp_path):
+    ended = run("env", f"PYTHON={sys.executable}", "bash", "benchmarks/gpu_all.sh", tmp_path / "out")
+    assert ended.returncode == 2
+    assert "torch sees no CUDA device" in ended.stderr

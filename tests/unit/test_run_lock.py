@@ -66,6 +66,10 @@ def test_a_number_that_another_process_has_by_now_keeps_nobody_out(tmp_path, oth
     facts = {"host": platform.node(), "pid": other_process.pid, "process_started": "1"}
     (tmp_path / run_lock.LOCK).write_text(json.dumps(facts))
     refuse_if_held(tmp_path)
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert json.loads(lock.path.read_text())["pid"] == os.getpid()
+    lock.release()
 
 
 def test_another_machine_keeps_others_out_while_its_lock_is_fresh(tmp_path, elsewhere):
