@@ -81,15 +81,16 @@ class Ours:
         self.batches: Iterator[Batch] = training_batches(
             micro_batches, first_step=0, last_step=100_000, workers=1, pin_memory=place.device.type == "cuda"
         )
-        self.steps = 0
+        self.steps, self.tokens = 0, size * case.length
 
-    def step(self, *, kl_positions: str) -> None:
-        """One optimizer step; the losses are not read."""
+    def step(self, *, kl_positions: str) -> tuple[int, int]:
+        """One optimizer step, whose losses are not read; its tokens, none of them padding."""
         loss = replace(self.stepper.loss, kl_positions=kl_positions)
         self.stepper.loss = self.engine.module.loss = loss
         self.stepper.coefficients = coefficients(loss, self.counts, world_size=self.stepper.cut.world_size)
         self.stepper.step(self.steps, self.batches)
         self.steps += 1
+        return self.tokens, self.tokens
 
 
 def main(words: list[str]) -> None:
@@ -113,100 +114,96 @@ def main(words: list[str]) -> None:
     distributed.stop()
 
 
+@dataclass
+class Contender:
+    """A step that takes its turns, and the tokens of all its turns so far: real ones, and with padding."""
+
+    turn: Callable[[], tuple[int, int]]
+    masked_only: bool = False
+    turns: int = 0
+    real: int = 0
+    shown: int = 0
+
+    def __call__(self) -> None:
+        real, shown = self.turn()
+        self.turns, self.real, self.shown = self.turns + 1, self.real + real, self.shown + shown
+
+    @property
+    def tokens(self) -> float:
+        """Real ones a turn."""
+        return self.real / self.turns
+
+
 def measure(
     case: Case, config: Config, place: Place, rounds: int, figures: dict[str, Any], profile: Path | None
 ) -> str:
     """All contenders of a case in turn, as Markdown."""
+    contenders = contenders_of(case, config, place)
+    rate = _product_rate(case, DTYPES[place.precision], place.device)
+    seconds = medians(contenders, rounds=rounds)
+    memory = {name: peak_bytes(contender) for name, contender in contenders.items()}
+    if profile:
+        _profile(contenders["ours"], profile.with_stem(f"{profile.stem}_{case.name}_{case.length}"))
+    speeds = {name: each.tokens / seconds[name] for name, each in contenders.items()}
+    base, rows = speeds["original loop, fp32"], []
+    for name, each in contenders.items():
+        share = speeds[name] * _flops(case, masked=each.masked_only) / rate
+        padding = 1 - each.real / each.shown
+        figures[f"{case.name}, length {case.length}: {name}"] = {
+            "tokens_per_second": speeds[name],
+            "speed_over_original": speeds[name] / base,
+            "share_of_product_rate": share,
+            "peak_bytes": memory[name],
+            "padding_share": padding,
+        }
+        cells = (f"{speeds[name]:,.0f}", f"{speeds[name] / base:.2f}", f"{share:.0%}", f"{memory[name] / 1e6:,.0f}")
+        rows.append((name, *cells, f"{padding:.0%}"))
+    head = ["", "tokens/s", "original, fp32 = 1", "of a product's rate", "peak MB beyond the models", "padding"]
+    return (
+        f"## {case.name} size: hidden {case.sizes['hidden_size']}, vocabulary {case.sizes['vocab_size']:,}, length "
+        f"{case.length}\n\n{LAYERS} to {LAYERS // 2} layers, {case.accumulation} micro-batch(es) of {case.micro_batch} "
+        f"sequences a step, ours in {place.precision}; median of {rounds} in turn. A product runs at "
+        f"{rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
+    )
+
+
+def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contender]:
+    """The original loop in its variants, and ours, on models of the same random weights."""
     device, half = place.device, DTYPES[place.precision]
     torch.manual_seed(0)
     shape = {"max_position_embeddings": 514, "type_vocab_size": 1, "num_hidden_layers": LAYERS, "pad_token_id": 1}
     teacher = CamembertForMaskedLM(CamembertConfig(**case.sizes, **shape))
     tokenizer = TextTokenizer(str(DEFAULT_RECIPE.parent / "mini" / "teacher"))
-    student, family = build_student(
-        config.student, teacher=teacher, vocab_size=tokenizer.vocabulary.size, seed=config.train.seed
-    )
-    vocab = case.sizes["vocab_size"]
-    full = padded_batches([case.length] * 4096, size=case.micro_batch, vocab=vocab, seed=0)
-    lengths = sentence_lengths(tokenizer, case.length)
-    padded = padded_batches(lengths, size=case.micro_batch, vocab=vocab, seed=0)
-    loops = {
-        "original loop, fp32": (
-            OriginalLoop(teacher, student, device=device, dtype=torch.float32, masked_only=False),
-            full,
-        ),
-        "original loop, fp32, padded": (None, padded),
-        "original loop, fp32, KL on masked": (
-            OriginalLoop(teacher, student, device=device, dtype=torch.float32, masked_only=True),
-            full,
-        ),
-        f"original loop, {place.precision}": (
-            OriginalLoop(teacher, student, device=device, dtype=half, masked_only=False),
-            full,
-        ),
+    vocab = tokenizer.vocabulary.size
+    student, family = build_student(config.student, teacher=teacher, vocab_size=vocab, seed=config.train.seed)
+
+    def original(dtype: torch.dtype, *, masked_only: bool = False) -> OriginalLoop:
+        return OriginalLoop(teacher, student, device=device, dtype=dtype, masked_only=masked_only)
+
+    def batches(lengths: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        return padded_batches(lengths, size=case.micro_batch, vocab=case.sizes["vocab_size"], seed=0)
+
+    full, padded = batches([case.length] * 4096), batches(sentence_lengths(tokenizer, case.length))
+    plain = original(torch.float32)
+    on_masked = original(torch.float32, masked_only=True)
+    found = {
+        "original loop, fp32": Contender(_turn(plain, full, case)),
+        "original loop, fp32, padded": Contender(_turn(plain, padded, case)),
+        "original loop, fp32, KL on masked": Contender(_turn(on_masked, full, case), masked_only=True),
     }
-    seen: dict[str, list[int]] = {}
-    contenders: dict[str, Callable[[], Any]] = {}
-    first = None
-    for name, (loop, batches) in loops.items():
-        first = loop = loop or first
-        seen[name] = [0, 0]
-        contenders[name] = _turn(loop, batches, case.accumulation, seen[name])
-    models = Models(Teacher(teacher.to(device, half)), student, family, tokenizer)
-    ours = Ours(case, config, place, models)
-    contenders["ours"] = lambda: ours.step(kl_positions="attended")
-    contenders["ours, KL on masked"] = lambda: ours.step(kl_positions="masked")
-    rate = _product_rate(case, half, device)
-    seconds = medians(contenders, rounds=rounds)
-    memory = {name: peak_bytes(contender) for name, contender in contenders.items()}
-    if profile:
-        _profile(contenders["ours"], profile.with_stem(f"{profile.stem}_{case.name}_{case.length}"))
-    tokens = case.sequences * case.length
-    padding = {name: 1 - real / shown for name, (real, shown) in seen.items()}
-    speeds = {name: tokens / seconds[name] for name in contenders}
-    for name, (real, shown) in seen.items():
-        turns = rounds + 3  # one to warm up and two for memory
-        speeds[name] = real / turns / seconds[name]
-        assert shown >= real
-    base = speeds["original loop, fp32"]
-    rows = []
-    for name in contenders:
-        masked = "masked" in name
-        flops = _flops(case, masked=masked)
-        named = {
-            "tokens_per_second": speeds[name],
-            "speed_over_original": speeds[name] / base,
-            "share_of_product_rate": speeds[name] * flops / rate,
-            "peak_bytes": memory[name],
-            "padding_share": padding.get(name, 0.0),
-        }
-        figures[f"{case.name}, length {case.length}: {name}"] = named
-        rows.append(
-            (
-                name,
-                f"{speeds[name]:,.0f}",
-                f"{speeds[name] / base:.2f}",
-                f"{named['share_of_product_rate']:.0%}",
-                f"{memory[name] / 1e6:,.0f}",
-                f"{named['padding_share']:.0%}",
-            )
-        )
-    head = ["", "tokens/s", "original, fp32 = 1", "of a product's rate", "peak MB beyond the models", "padding"]
-    return (
-        f"## {case.name} size: hidden {case.sizes['hidden_size']}, vocabulary {vocab:,}, length {case.length}\n\n"
-        f"{LAYERS} to {student.config.num_hidden_layers} layers, {case.accumulation} micro-batch(es) of "
-        f"{case.micro_batch} sequences a step, ours in {place.precision}; median of {rounds} in turn. A product runs "
-        f"at {rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
-    )
+    if half != torch.float32:
+        found[f"original loop, {place.precision}"] = Contender(_turn(original(half), full, case))
+    ours = Ours(case, config, place, Models(Teacher(teacher.to(device, half)), student, family, tokenizer))
+    found["ours"] = Contender(lambda: ours.step(kl_positions="attended"))
+    found["ours, KL on masked"] = Contender(lambda: ours.step(kl_positions="masked"), masked_only=True)
+    return found
 
 
-def _turn(
-    loop: OriginalLoop, batches: Iterator[tuple[Tensor, Tensor]], accumulation: int, seen: list[int]
-) -> Callable[[], None]:
-    def turn() -> None:
-        taken = list(islice(batches, accumulation))
-        seen[0] += sum(int(lengths.sum()) for _, lengths in taken)
-        seen[1] += sum(ids.numel() for ids, _ in taken)
+def _turn(loop: OriginalLoop, batches: Iterator[tuple[Tensor, Tensor]], case: Case) -> Callable[[], tuple[int, int]]:
+    def turn() -> tuple[int, int]:
+        taken = list(islice(batches, case.accumulation))
         loop.step(taken)
+        return sum(int(lengths.sum()) for _, lengths in taken), sum(ids.numel() for ids, _ in taken)
 
     return turn
 
