@@ -94,7 +94,7 @@ def test_a_killed_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr("distilcb.data.prepare.find_duplicates", die)
-        patch.setattr("distilcb.data.prepare.has_finished_parts", lambda _: True)  # as where a kill left them
+        patch.setattr("distilcb.data.working_folder.has_finished_parts", lambda _: True)  # as where a kill left them
         with pytest.raises(KeyboardInterrupt):
             prepare([str(folder)], output=tmp_path / "out", **how)
     (left,) = tmp_path.glob(".out.*.tmp")

@@ -1,0 +1,82 @@
+"""The folder beside the output in which parts lie until all are there; one start at a time works in it."""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from distilcb.data.blocks import Description, is_prepared, read_description
+from distilcb.data.crew import Crew
+from distilcb.data.packing import has_finished_parts
+from distilcb.errors import DataError, writing
+
+log = logging.getLogger(__name__)
+
+
+def made_before(output: Path, content: str) -> Description | None:
+    """The description of the output, where it is there already.
+
+    Raises:
+        DataError: it is there and is something else.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return None
+    if is_prepared(output) and (made := read_description(output)).content == content:
+        folder, lock_file = _working_names(output, content)
+        if folder.exists():  # of a start that was killed when it had named the output
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                lock_file.unlink()
+        return made
+    raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
+
+
+@contextmanager
+def working_folder(output: Path, content: str, crew: Crew) -> Iterator[Path]:
+    """The folder for the parts of this content, beside the output, for one start at a time.
+
+    What is not finished when it is left is gone, and so is the folder where nothing is.
+    """
+    folder, lock_file = _working_names(output, content)
+    if not crew.is_main:
+        crew.from_main("folder", lambda: None)
+        yield folder
+        return
+    with writing(output, DataError, "Name a folder that can be written to."):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock = _acquired(lock_file, crew)
+    try:
+        with writing(output, DataError, "Name a folder that can be written to."):
+            folder.mkdir(exist_ok=True)  # not mkdtemp, whose folders are closed to other users
+        if has_finished_parts(folder):
+            log.info("%s holds finished parts of an earlier start: going on from there", folder)
+        crew.from_main("folder", lambda: None)
+        yield folder
+    finally:
+        if not has_finished_parts(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        lock_file.unlink(missing_ok=True)
+        lock.release()
+
+
+def _working_names(output: Path, content: str) -> tuple[Path, Path]:
+    """Of the working folder and of its lock."""
+    folder = output.parent / f".{output.name}.{content[:16]}.tmp"
+    return folder, folder.with_suffix(".lock")
+
+
+def _acquired(lock_file: Path, crew: Crew) -> FileLock:
+    lock = FileLock(lock_file)
+    told = False
+    while True:
+        try:
+            lock.acquire(timeout=1)
+            return lock
+        except Timeout:
+            crew.check()
+            if not told:
+                log.info("another process prepares the same text: waiting for it (%s)", lock_file)
+            told = True
