@@ -27,7 +27,8 @@ import torch
 from distilcb import distributed
 from distilcb.config import REPOSITORY, DataConfig, cache_folder, load_recipe
 from distilcb.data.blocks import Blocks
-from distilcb.data.corpus import Damage, read_documents
+from distilcb.data.corpus import read_documents
+from distilcb.data.damage import Damage
 from distilcb.data.loader import HeldoutBatches, fixed_heldout_batches
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from distilcb.data.blocks import TOKEN_COUNTS, Description
-from distilcb.data.corpus import Damage, Source
+from distilcb.data.corpus import Source
+from distilcb.data.damage import Damage
 from distilcb.data.data_report import DataReport, write_report
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, sum_of_arrays
 from distilcb.data.request import How, Plan

@@ -4,26 +4,19 @@ import glob
 import gzip
 import io
 import json
-import logging
 import lzma
-import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any
 
+from distilcb.data.damage import Damage, UntilDamage, clean, naming
 from distilcb.errors import DataError, first_line
 from distilcb.hub import HUB_PREFIX, HubDataset
-
-log = logging.getLogger(__name__)
-
-# Of a damaged file what comes before the damage is kept to within so much.
-_READ_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -46,29 +39,6 @@ Source = Path | HubDataset | OpenDataset
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
 _NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_field)."
-
-
-@dataclass
-class Damage:
-    """What was survived while reading: counted, and reported in the description of the blocks.
-
-    skips: whether files that end in the middle and records that are no JSON are survived too.
-    """
-
-    empty_documents: int = 0
-    undecodable_documents: int = 0
-    control_characters: int = 0
-    damaged_files: int = 0
-    damaged_records: int = 0
-    skips: InitVar[bool] = False
-
-    def __post_init__(self, skips: bool) -> None:
-        self.may_skip = skips
-
-    def survive(self, source: Source, fault: object) -> None:
-        """Count a file that ends in the middle."""
-        self.damaged_files += 1
-        log.warning("%s is damaged (%s): what comes before that is kept", source, fault)
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
@@ -159,8 +129,8 @@ def read_chunks(path: Path, *, chunk_bytes: int, skip_damaged: bool = False) -> 
         DataError: the file is damaged.
     """
     lines = position = 0
-    with _naming(path), _open_bytes(path) as (compressed, tell):
-        stream = _UntilDamage(compressed, survives=skip_damaged)
+    with naming(path), _open_bytes(path) as (compressed, tell):
+        stream = UntilDamage(compressed, survives=skip_damaged)
         ahead, is_first = stream.read(1), True
         while ahead or (stream.fault and is_first):
             text = b"".join((ahead, stream.read(chunk_bytes - 1), stream.readline()))
@@ -168,34 +138,6 @@ def read_chunks(path: Path, *, chunk_bytes: int, skip_damaged: bool = False) -> 
             there = tell() if ahead else path.stat().st_size  # the last takes what a reader leaves unread
             yield Chunk(text, lines, "" if ahead else stream.fault), there - position
             lines, position, is_first = lines + text.count(b"\n"), there, False
-
-
-class _UntilDamage:
-    """A stream that ends where the one below it is damaged, if damage is to be survived."""
-
-    def __init__(self, stream: IO[bytes], *, survives: bool) -> None:
-        self._stream, self._survives, self.fault = stream, survives, ""
-
-    def read(self, size: int) -> bytes:
-        pieces = []
-        while size and (piece := self._get(self._stream.read, min(size, _READ_AT_ONCE))):
-            pieces.append(piece)
-            size -= len(piece)
-        return b"".join(pieces)
-
-    def readline(self) -> bytes:
-        return self._get(self._stream.readline, -1)
-
-    def _get(self, read: Callable[[int], bytes], size: int) -> bytes:
-        if self.fault:
-            return b""
-        try:
-            return read(size)
-        except _DAMAGES as error:
-            if not self._survives or not _is_damage(error):
-                raise
-            self.fault = _words_of(error)
-            return b""
 
 
 def opened(source: Source) -> Path | OpenDataset:
@@ -229,7 +171,7 @@ def table_groups(source: Source, *, text_field: str) -> list[tuple[int, int]]:
         rows = source.rows
         _check_column(source, rows.column_names, text_field)
         return [(len(rows), rows.data.column(text_field).nbytes)]
-    with _naming(source), _open_table(source) as table:
+    with naming(source), _open_table(source) as table:
         _check_column(source, table.schema_arrow.names, text_field)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         return [(group.num_rows, _column_bytes(group, text_field)) for group in groups]
@@ -240,36 +182,8 @@ def _column_bytes(group: Any, text_field: str) -> int:
     return sum(each.total_uncompressed_size for each in columns if each.path_in_schema == text_field)
 
 
-# What the file system and the decompressors raise.
-_DAMAGES = (OSError, EOFError, lzma.LZMAError, zlib.error)
-
-
-def _is_damage(error: BaseException) -> bool:
-    """Whether the file itself is at fault, and not the file system."""
-    return getattr(error, "errno", None) is None
-
-
-def _words_of(error: BaseException) -> str:
-    return str(error) or "the file ends in the middle"
-
-
-@contextmanager
-def _naming(source: Source, damage: Damage | None = None) -> Iterator[None]:
-    """Let what the file system or a decompressor says name the source; damage that may be survived is counted."""
-    try:
-        yield
-    except _DAMAGES as error:
-        if damage is not None and damage.may_skip and _is_damage(error):
-            damage.survive(source, _words_of(error))
-            return
-        raise DataError(
-            f"{source}: {_words_of(error)}. Fetch or make the file again; launch/prepare.py --skip_damaged takes what "
-            "comes before the damage."
-        ) from error
-
-
 def _cleaned(source: Source, texts: Iterable[str | bytes], damage: Damage) -> Iterator[str]:
-    with _naming(source, damage):
+    with naming(source, damage):
         for text in texts:
             document = clean(text, damage)
             if document:
@@ -430,22 +344,3 @@ def _text_of(source: Source, text_field: str, text: Any) -> str | bytes:
     if not isinstance(text, str | bytes | None):
         raise DataError(f"{source}: column '{text_field}' holds {type(text).__name__}, needed text. {_NAME_ANOTHER}")
     return text or ""
-
-
-# Every control character but tab and line ends, which split() takes for spaces.
-_CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
-
-# Decoding turns bytes that are no UTF-8 into these, and JSON can spell them ("\\ud83d"); no tokenizer takes one.
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def clean(text: str | bytes, damage: Damage) -> str:
-    """The text in valid UTF-8 without control characters, its words one space apart."""
-    if isinstance(text, bytes):
-        text = text.decode(errors="surrogateescape").removeprefix("\ufeff")
-    if not text.isprintable():
-        text, undecodable = _LONE_SURROGATE.subn("\ufffd", text)
-        damage.undecodable_documents += undecodable > 0
-        text, controls = _CONTROL.subn(" ", text)
-        damage.control_characters += controls
-    return " ".join(text.split())

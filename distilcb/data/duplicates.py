@@ -26,7 +26,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from distilcb.data.corpus import Damage
+from distilcb.data.damage import Damage
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, PartReader
 from distilcb.data.parts import Part
 from distilcb.errors import DataError, writing

@@ -21,7 +21,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distilcb.data.corpus import Damage, OpenDataset, read_documents
+from distilcb.data.corpus import OpenDataset, read_documents
+from distilcb.data.damage import Damage
 from distilcb.data.parts import Part
 from distilcb.data.sentence_pieces import SentencePieceEncoder, flatten
 from distilcb.data.tokenizer import Vocabulary

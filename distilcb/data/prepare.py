@@ -20,8 +20,9 @@ from filelock import FileLock
 
 from distilcb.data.assembly import Assembly
 from distilcb.data.blocks import Description, is_prepared, read_description
-from distilcb.data.corpus import Damage, Source, read_documents
+from distilcb.data.corpus import Source, read_documents
 from distilcb.data.crew import Crew
+from distilcb.data.damage import Damage
 from distilcb.data.duplicates import HashMaker, duplicates_of, find_duplicates
 from distilcb.data.packing import PartMaker, PartReader
 from distilcb.data.parts import PART_BYTES, Part, Share, share_out

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distilcb.data.corpus import Damage, clean
+from distilcb.data.damage import Damage, clean
 from distilcb.data.tokenizer import Encoder, TextTokenizer, cut_batches
 from distilcb.hub import model_folder
 

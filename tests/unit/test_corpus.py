@@ -12,7 +12,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from distilcb.data.corpus import Damage, find_sources, read_documents
+from distilcb.data.corpus import find_sources, read_documents
+from distilcb.data.damage import Damage
 from distilcb.errors import DataError
 
 DOCUMENTS = ["Le chat dort.", "Noël à Ærø : 12 € — « ça »", "une ligne", "漢字 et 😀", "fin"]

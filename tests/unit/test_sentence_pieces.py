@@ -13,7 +13,7 @@ import pytest
 
 from distilcb.config import REPOSITORY
 from distilcb.data import sentence_pieces
-from distilcb.data.corpus import Damage, clean
+from distilcb.data.damage import Damage, clean
 from distilcb.data.sentence_pieces import SentencePieceEncoder, cut_only_at_spaces, faster_encoder, first_difference
 from distilcb.data.tokenizer import TextTokenizer, cut_at_spaces
 
