@@ -43,8 +43,8 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 @pytest.fixture
 def run_dir(lab: Lab, request: pytest.FixtureRequest) -> Path:
-    """Where a test's run goes, on the file system that all nodes share."""
-    return lab.shared / "runs" / re.sub(r"\W+", "_", request.node.name)[:60]
+    """Where a test's run goes, on the file system that all nodes share; its own, so the name is not cut."""
+    return lab.shared / "runs" / re.sub(r"\W+", "_", request.node.name)
 
 
 @pytest.fixture(scope="session")
