@@ -3,7 +3,6 @@
 import logging
 import os
 import shutil
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,10 @@ from distilcb.data.damage import Damage
 from distilcb.data.data_report import DataReport, write_report
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, sum_of_arrays
 from distilcb.data.request import How, Plan
+from distilcb.data.working_folder import wait_until_seen
 from distilcb.errors import DataError, writing
 
 log = logging.getLogger(__name__)
-
-# Other nodes may see a file on a shared file system so much later.
-_FILES_ARE_SEEN_WITHIN_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -124,9 +121,7 @@ class Assembly:
 
 def _link(path: Path, target: Path) -> None:
     """The file under another name as well, or a copy of it; it may take a while to be seen from here."""
-    deadline = time.monotonic() + _FILES_ARE_SEEN_WITHIN_SECONDS
-    while not path.exists() and time.monotonic() < deadline:
-        time.sleep(0.5)
+    wait_until_seen(path)
     try:
         os.link(path, target)
     except FileNotFoundError:

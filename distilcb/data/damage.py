@@ -95,7 +95,8 @@ class UntilDamage:
             return b""
 
 
-# Every control character but tab and line ends, which split() takes for spaces.
+# Every control character but tab and line ends, which split() takes for spaces. That they go is no option: of most,
+# SentencePiece would drop them and make one wrong word of "chat\x01noir", of the rest unknown tokens.
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 
 # Decoding turns bytes that are no UTF-8 into these, and JSON can spell them ("\\ud83d"); no tokenizer takes one.

@@ -17,7 +17,6 @@ Hashes have 64 bits: among a billion different documents one is taken for anothe
 import itertools
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +28,12 @@ from numpy.typing import NDArray
 from distilcb.data.damage import Damage
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, PartReader
 from distilcb.data.parts import Part
+from distilcb.data.working_folder import wait_until_seen
 from distilcb.errors import DataError, writing
 
 _BITS, _INDEX = "duplicates.bits", "duplicates.index"
 # Hashes that are compared at a time, about: 24 bytes each.
 _COMPARED_AT_ONCE = 1 << 24
-# Other nodes' files may be seen so much later.
-_FILES_ARE_SEEN_WITHIN_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _mark(parts: "list[_HashedPart]", starts: NDArray[np.int64], bits: NDArray[n
 
 def duplicates_of(folder: Path, name: str) -> NDArray[np.bool_]:
     """(documents,) of a part: whether each was there before."""
-    _wait_for(folder / _INDEX)
+    wait_until_seen(folder / _INDEX)
     start, documents = json.loads((folder / _INDEX).read_text(encoding="utf-8"))[name]
     bits = np.fromfile(folder / _BITS, dtype=np.uint8, offset=start, count=-(-documents // 8))
     return np.unpackbits(bits, count=documents).astype(bool)
@@ -133,7 +131,7 @@ class _HashedPart:
     @classmethod
     def find(cls, folder: Path, name: str) -> "_HashedPart":
         places = _places(folder, name)
-        _wait_for(places)
+        wait_until_seen(places)
         return cls(folder, name, places.stat().st_size // 4)
 
     def between(self, first: int, last: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
@@ -145,15 +143,6 @@ class _HashedPart:
         start = int(np.searchsorted(hashes, np.uint64(first)))
         stop = self.documents if last >= 1 << 64 else int(np.searchsorted(hashes, np.uint64(last)))
         return np.array(hashes[start:stop]), np.array(places[start:stop])
-
-
-def _wait_for(path: Path) -> None:
-    """Until a file that another node may have written is seen here; DataError where it is not."""
-    deadline = time.monotonic() + _FILES_ARE_SEEN_WITHIN_SECONDS
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise DataError(f"{path} is not seen here: is it one file system on all nodes?")
-        time.sleep(0.5)
 
 
 def _hashes(folder: Path, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +15,9 @@ from distilcb.data.packing import has_finished_parts
 from distilcb.errors import DataError, writing
 
 log = logging.getLogger(__name__)
+
+# Other nodes may see a file on a shared file system so much later.
+_FILES_ARE_SEEN_WITHIN_SECONDS = 90.0
 
 
 def made_before(output: Path, content: str) -> Description | None:
@@ -80,3 +84,12 @@ def _acquired(lock_file: Path, crew: Crew) -> FileLock:
             if not told:
                 log.info("another process prepares the same text: waiting for it (%s)", lock_file)
             told = True
+
+
+def wait_until_seen(path: Path) -> None:
+    """Until a file that another node may have written is seen here; DataError where it is not."""
+    deadline = time.monotonic() + _FILES_ARE_SEEN_WITHIN_SECONDS
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise DataError(f"{path} is not seen here: is it one file system on all nodes?")
+        time.sleep(0.5)

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 from test_prepare import Numerals, all_blocks, files_of, random_numerals
 
-from distilcb.data import duplicates
+from distilcb.data import duplicates, working_folder
 from distilcb.data.blocks import read_description
 from distilcb.data.prepare import prepare
 from distilcb.errors import DataError
@@ -109,6 +109,6 @@ def test_a_killed_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, m
 
 
 def test_hashes_that_another_node_has_written_and_nobody_sees_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(duplicates, "_FILES_ARE_SEEN_WITHIN_SECONDS", 0.1)
+    monkeypatch.setattr(working_folder, "_FILES_ARE_SEEN_WITHIN_SECONDS", 0.1)
     with pytest.raises(DataError, match="is not seen here: is it one file system on all nodes"):
         duplicates.find_duplicates(tmp_path, ["00000.00000"])
