@@ -7,9 +7,10 @@ benchmarks/original_loop.py says what the baseline is. The share of a matrix pro
 device multiplies (tokens, 768) x (768, 3072) in the same precision, in the same run.
 """
 
+import copy
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,7 @@ from distilcb.losses.triplet import coefficients
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.monitor.metrics import ModelShape, flops_per_token
-from distilcb.train.build import DTYPES, Models, Place, take_place, wire_stepper
+from distilcb.train.build import DTYPES, Models, Place, compile_layers, take_place, wire_stepper
 
 MINI_TEXT = DEFAULT_RECIPE.parent / "mini" / "text" / "train"
 # Sizes of almanach/camembert-base and of the shipped teacher.
@@ -109,7 +110,8 @@ def main(words: list[str]) -> None:
     rounds = options.rounds or (1 if options.quick else 5)
     parts = []
     for case in cases(options.cases, on_cuda=on_cuda, quick=options.quick):
-        parts.append(measure(case, command.config, place, rounds, figures, options.profile))
+        contenders = contenders_of(case, command.config, place, with_compiled=not options.quick)
+        parts.append(measure(case, place, contenders, rounds, figures, options.profile))
     tell("One step", "\n\n".join(parts), figures, options, "python benchmarks/step.py " + " ".join(words))
     distributed.stop()
 
@@ -135,10 +137,14 @@ class Contender:
 
 
 def measure(
-    case: Case, config: Config, place: Place, rounds: int, figures: dict[str, Any], profile: Path | None
+    case: Case,
+    place: Place,
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    figures: dict[str, Any],
+    profile: Path | None,
 ) -> str:
     """All contenders of a case in turn, as Markdown."""
-    contenders = contenders_of(case, config, place)
     rate = _product_rate(case, DTYPES[place.precision], place.device)
     seconds = medians(contenders, rounds=rounds)
     memory = {name: peak_bytes(contender) for name, contender in contenders.items()}
@@ -167,7 +173,7 @@ def measure(
     )
 
 
-def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contender]:
+def contenders_of(case: Case, config: Config, place: Place, *, with_compiled: bool) -> dict[str, Contender]:
     """The original loop in its variants, and ours, on models of the same random weights."""
     device, half = place.device, DTYPES[place.precision]
     torch.manual_seed(0)
@@ -193,9 +199,20 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
     }
     if half != torch.float32:
         found[f"original loop, {place.precision}"] = Contender(_turn(original(half), full, case))
-    ours = Ours(case, config, place, Models(Teacher(teacher.to(device, half)), student, family, tokenizer))
-    found["ours"] = Contender(lambda: ours.step(kl_positions="attended"))
-    found["ours, KL on masked"] = Contender(lambda: ours.step(kl_positions="masked"), masked_only=True)
+    teacher.to(device, half)
+
+    def ours(*, is_compiled: bool = False) -> Ours:
+        models = Models(Teacher(copy.deepcopy(teacher)), copy.deepcopy(student), family, tokenizer)
+        if is_compiled:
+            compile_layers(models)
+        return Ours(case, config, place, models)
+
+    plainly = ours()
+    found["ours"] = Contender(lambda: plainly.step(kl_positions="attended"))
+    found["ours, KL on masked"] = Contender(lambda: plainly.step(kl_positions="masked"), masked_only=True)
+    if with_compiled:
+        compiled = ours(is_compiled=True)
+        found["ours, train.compile"] = Contender(lambda: compiled.step(kl_positions="attended"))
     return found
 
 

@@ -171,6 +171,8 @@ class TrainConfig:
     """how many of the newest checkpoints stay"""
     activation_checkpointing: bool = False
     """keep of each student layer its input alone, and compute the rest again in the backward pass: less memory"""
+    compile: bool = False
+    """run the layers of teacher and student through torch.compile while training: faster on a GPU, after a minute"""
     stall_minutes: Annotated[float, Field(gt=0)] = 10.0
     """minutes without a move of any rank after which the run ends and names the one that stands still"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -8,6 +8,7 @@ import torch
 from distilcb.models.families import Family
 
 
+@torch.compiler.set_stance("force_eager")  # its shapes are not those that training compiled
 @torch.no_grad()
 def fill_masks(
     model: Any,

@@ -23,6 +23,7 @@ class InterruptedEvaluation(Exception):  # noqa: N818  (not an error)
     """The run is to stop, and an evaluation was not waited for."""
 
 
+@torch.compiler.set_stance("force_eager")  # its shapes are not those that training compiled
 @torch.no_grad()
 def evaluate(
     student: Any,

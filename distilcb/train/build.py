@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -264,7 +265,21 @@ def build_models(config: Config, place: Place) -> Models:
     if teacher is not None:
         models = replace(models, teacher_hash=hash_weights(teacher.model))
         teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
+    if config.train.compile:
+        compile_layers(models)
     return models
+
+
+def compile_layers(models: Models) -> None:
+    """Have torch.compile take each transformer layer at its first call: one compilation serves all that are alike."""
+    if not shutil.which("c++"):
+        raise ConfigError(
+            "train.compile: torch.compile needs a C++ compiler (apt-get install g++, or module load gcc)."
+        )
+    teacher = [(models.teacher.model, models.teacher.family)] if models.teacher else []
+    for model, family in [*teacher, (models.student, models.family)]:
+        for layer in family.layers(model):
+            layer.compile(dynamic=False)  # every micro-batch has the same shape
 
 
 def wire_stepper(

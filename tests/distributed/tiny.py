@@ -24,7 +24,7 @@ from distilcb.engine.stepper import Stepper, StepResult
 from distilcb.losses.triplet import Counts
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
-from distilcb.train.build import DTYPES, Models, Place, wire_stepper
+from distilcb.train.build import DTYPES, Models, Place, compile_layers, wire_stepper
 
 VOCAB_SIZE, HIDDEN_SIZE, SEQ_LEN, TEACHER_LAYERS = 307, 32, 16, 4
 PAD, BOS, EOS, MASK = 1, 5, 6, VOCAB_SIZE - 1
@@ -49,6 +49,7 @@ def tiny_config(
     dropout: float = 0.0,
     loss: LossConfig | None = None,
     steps: int = 8,
+    compile_layers: bool = False,
 ) -> Config:
     """The configuration of a tiny run; without clipping, which would hide a factor."""
     return Config(
@@ -56,7 +57,7 @@ def tiny_config(
         data=DataConfig(seq_len=SEQ_LEN, workers=0),
         loss=loss or LossConfig(),
         optim=OptimConfig(global_batch=global_batch, micro_batch=micro_batch, clip=0.0, lr=1e-3),
-        train=TrainConfig(steps=steps),
+        train=TrainConfig(steps=steps, compile=compile_layers),
         deepspeed=deepspeed,
     )
 
@@ -156,4 +157,6 @@ def start(config: Config, *, hidden_size: int = HIDDEN_SIZE, load_universal: boo
     precision = deepspeed_config.precision(settings)
     place = Place(world, distributed.device(), settings, precision)
     built = models(config, DTYPES[precision], hidden_size=hidden_size)
+    if config.train.compile:
+        compile_layers(built)
     return TinyRun(built, *wire_stepper(config, place, built, BLOCKS, load_universal=load_universal))
