@@ -81,13 +81,67 @@ def _rows(  # type: ignore[no-untyped-def]  # Triton's own types
     teacher += row * teacher_stride
     is_soft = row < soft_rows
     is_hard = row < hard_rows
-    lanes = tl.arange(0, BLOCK)
-
-    # Sums of exponentials are kept relative to the largest logit so far.
-    largest, exps = -float("inf"), 0.0
-    teacher_largest, teacher_exps, crossed = -float("inf"), 0.0, 0.0
-    soft_exps, squares, at_label = 0.0, 0.0, 0.0
     label = tl.load(labels + row, mask=is_hard, other=-1)
+    largest, exps, soft_exps, teacher_largest, teacher_exps, crossed, squares, at_label = _statistics(
+        student, teacher, label, vocab, is_soft, is_hard, inverse_temperature, HAS_KL, HAS_MSE, BLOCK
+    )
+    kl = 0.0
+    if HAS_KL:
+        if is_soft:
+            # Sum of p (log p - log q): the distance of the logits less that of the log-sum-exps.
+            kl = (crossed / teacher_exps + largest - teacher_largest) * inverse_temperature
+            kl = (kl + tl.log(soft_exps) - tl.log(teacher_exps)) / (inverse_temperature * inverse_temperature)
+    mlm = 0.0
+    if is_hard:
+        mlm = tl.log(exps) + largest - at_label
+    tl.store(sums + row, kl)
+    tl.store(sums + rows + row, mlm)
+    tl.store(sums + 2 * rows + row, squares)
+    if not WANTS_GRADIENT:
+        return
+
+    factor = 1.0
+    if HAS_SCALE:
+        factor = tl.load(scale)
+    lanes = tl.arange(0, BLOCK)
+    for first in range(0, vocab, BLOCK):
+        columns = first + lanes
+        inside = columns < vocab
+        logits = tl.load(student + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        gradient = tl.zeros([BLOCK], dtype=tl.float32)
+        if HAS_KL or HAS_MSE:
+            if is_soft:
+                targets = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
+                if HAS_KL:
+                    ours = tl.exp((logits - largest) * inverse_temperature) / soft_exps
+                    theirs = tl.exp((targets - teacher_largest) * inverse_temperature) / teacher_exps
+                    gradient += (ours - theirs) * (kl_factor / inverse_temperature)
+                if HAS_MSE:
+                    distance = tl.where(inside, logits, 0.0) - tl.where(inside, targets, 0.0)
+                    gradient += 2 * mse_factor * distance
+        if is_hard:
+            gradient += mlm_factor * (tl.exp(logits - largest) / exps - tl.where(columns == label, 1.0, 0.0))
+        tl.store(student + columns, (gradient * factor).to(student.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _statistics(  # type: ignore[no-untyped-def]
+    student,
+    teacher,
+    label,
+    vocab,
+    is_soft,
+    is_hard,
+    inverse_temperature,
+    HAS_KL: tl.constexpr,
+    HAS_MSE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Largest logits and sums over a row. Sums of exponentials are kept relative to the largest logit so far."""
+    largest, exps, soft_exps = -float("inf"), 0.0, 0.0
+    teacher_largest, teacher_exps, crossed = -float("inf"), 0.0, 0.0
+    squares, at_label = 0.0, 0.0
+    lanes = tl.arange(0, BLOCK)
     for first in range(0, vocab, BLOCK):
         columns = first + lanes
         inside = columns < vocab
@@ -112,39 +166,4 @@ def _rows(  # type: ignore[no-untyped-def]  # Triton's own types
                     crossed = crossed * shrinks + tl.sum(weights * distance, 0)
                     shrinks = tl.exp((before - largest) * inverse_temperature)
                     soft_exps = soft_exps * shrinks + tl.sum(tl.exp((logits - largest) * inverse_temperature), 0)
-
-    kl = 0.0
-    if HAS_KL:
-        if is_soft:
-            # Sum of p (log p - log q): the distance of the logits less that of the log-sum-exps.
-            kl = (crossed / teacher_exps + largest - teacher_largest) * inverse_temperature
-            kl = (kl + tl.log(soft_exps) - tl.log(teacher_exps)) / (inverse_temperature * inverse_temperature)
-    mlm = 0.0
-    if is_hard:
-        mlm = tl.log(exps) + largest - at_label
-    tl.store(sums + row, kl)
-    tl.store(sums + rows + row, mlm)
-    tl.store(sums + 2 * rows + row, squares)
-
-    if WANTS_GRADIENT:
-        factor = 1.0
-        if HAS_SCALE:
-            factor = tl.load(scale)
-        for first in range(0, vocab, BLOCK):
-            columns = first + lanes
-            inside = columns < vocab
-            logits = tl.load(student + columns, mask=inside, other=-float("inf")).to(tl.float32)
-            gradient = tl.zeros([BLOCK], dtype=tl.float32)
-            if HAS_KL or HAS_MSE:
-                if is_soft:
-                    targets = tl.load(teacher + columns, mask=inside, other=-float("inf")).to(tl.float32)
-                    if HAS_KL:
-                        ours = tl.exp((logits - largest) * inverse_temperature) / soft_exps
-                        theirs = tl.exp((targets - teacher_largest) * inverse_temperature) / teacher_exps
-                        gradient += (ours - theirs) * (kl_factor / inverse_temperature)
-                    if HAS_MSE:
-                        distance = tl.where(inside, logits, 0.0) - tl.where(inside, targets, 0.0)
-                        gradient += 2 * mse_factor * distance
-            if is_hard:
-                gradient += mlm_factor * (tl.exp(logits - largest) / exps - tl.where(columns == label, 1.0, 0.0))
-            tl.store(student + columns, (gradient * factor).to(student.dtype.element_ty), mask=inside)
+    return largest, exps, soft_exps, teacher_largest, teacher_exps, crossed, squares, at_label
