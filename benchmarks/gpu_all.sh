@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu_all.sh OUT [TEXT]
 #
-# GPU tests, benchmarks of head and step with a profile, a short distillation in fp16, and the shipped teacher trained on
+# GPU tests, benchmarks of head, step (with a profile) and its variants, a short distillation in fp16, and the shipped teacher trained on
 # with TEXT (a folder of .txt with train/ and heldout/, or the shipped text). Writes logs, figures and summary.md to OUT.
 # Needs torch with CUDA and this project's packages; no network. PYTHON names the interpreter (default: python3), SECONDS_ALL
 # the time for all (default: 560). Nothing is installed; a part that fails does not keep the others from running.
@@ -71,6 +71,7 @@ trap 'rm -rf "$runs"' EXIT
 part tests 170 "$python" -m pytest -q -p no:cacheprovider tests/gpu tests/unit/test_logit_kernel.py
 part head 60 "$python" benchmarks/head.py --json "$out/head.json" --report "$out/head.md"
 part step 120 "$python" benchmarks/step.py --cases real --rounds 3 "${adam[@]}" --json "$out/step.json" --report "$out/step.md" --profile "$runs/profile.json"
+part variants 90 "$python" benchmarks/variants.py --cases real --rounds 3 "${adam[@]}" --json "$out/variants.json" --report "$out/variants.md"
 cp "$runs"/profile*.txt "$out/" 2>/dev/null
 part distillation 60 "$python" launch/train.py --run_dir "$runs/mini" --deepspeed zero2_fp16 "${adam[@]}" --train.steps 300
 cp "$runs/mini/summary.json" "$out/distillation.json" 2>/dev/null

@@ -47,6 +47,14 @@ def test_the_steps_benchmark_has_every_contender(tmp_path):
     assert 0 < figures["mini, length 128: original loop, fp32, padded"]["padding_share"] < 0.3
 
 
+def test_the_benchmark_of_variants_has_each(tmp_path):
+    figures, _ = figures_of("variants", tmp_path, "--cases", "mini", "--deepspeed", "zero2_cpu")
+    speeds = {name.partition(": ")[2]: value["speed"] for name, value in figures.items() if "mini" in name}
+    assert speeds.pop("as it is") == 1
+    assert set(speeds) == {"train.compile", "overlap_comm: true", "gradients reduced once a step"}
+    assert all(0.1 < speed < 10 for speed in speeds.values())
+
+
 def test_the_benchmark_of_preparing_has_ours_and_the_others(tmp_path):
     figures, _ = figures_of("prepare", tmp_path, "--megabytes", "2", "--folder", tmp_path)
     assert figures["ours, 1 process(es)"]["over_line_by_line"] > 1
