@@ -36,9 +36,9 @@ SEQ_LEN = 512
 def main(words: list[str]) -> None:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--folder", type=Path, help="where to write text and blocks (default: the temporary folder)")
-    parser.add_argument("--megabytes", type=int, help="of text for ours (default: 48, with --quick 6)")
+    parser.add_argument("--megabytes", type=int, help="of text for ours (default: 96, with --quick 6)")
     options = parser.parse_args(words)
-    megabytes = options.megabytes or (6 if options.quick else 48)
+    megabytes = options.megabytes or (6 if options.quick else 96)
     rounds = 1 if options.quick else 3
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

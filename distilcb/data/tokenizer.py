@@ -116,6 +116,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, *, never_text: frozenset[int], spelled_tokens: tuple[str, ...]) -> None:
         """never_text: ids that are left out; spelled_tokens: words that are broken up in the text."""
         self.never_text, self.spelled_tokens = never_text, spelled_tokens
+        self._first_signs = {token[0] for token in spelled_tokens}
         self._tokenizer = tokenizer
 
     def encode(self, documents: list[str]) -> list[list[int]]:
@@ -132,6 +133,8 @@ class Encoder:
 
     def as_text(self, document: str) -> str:
         """The document with the special tokens that it spells broken up."""
+        if not any(sign in document for sign in self._first_signs):
+            return document
         for token in self.spelled_tokens:
             if token in document:
                 document = document.replace(token, f"{token[0]} {token[1:]}")

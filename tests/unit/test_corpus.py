@@ -4,6 +4,9 @@ import gzip
 import json
 import lzma
 import os
+import random
+import re
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import pytest
 import zstandard
 
 from distilcb.data.corpus import find_sources, read_documents
-from distilcb.data.damage import Damage
+from distilcb.data.damage import Damage, clean
 from distilcb.errors import DataError
 
 DOCUMENTS = ["Le chat dort.", "Noël à Ærø : 12 € — « ça »", "une ligne", "漢字 et 😀", "fin"]
@@ -307,6 +310,20 @@ def test_control_characters_become_spaces_and_are_counted(tmp_path, format_):
     documents, damage = read(path)
     assert documents == ["a b c", "[31mrouge", "tab et", "net"]
     assert damage == {"control_characters": 8, "empty_documents": 1}
+
+
+def test_cleaning_is_splitting_and_joining_whatever_the_characters():
+    """Every sign that Unicode or Python calls a space or a control character, alone and in runs, between words."""
+    odd = [
+        chr(code) for code in range(0x11000) if chr(code).isspace() or unicodedata.category(chr(code)) in ("Cc", "Cs")
+    ]
+    generator = random.Random(0)
+    texts = ["".join(generator.choices([*odd, " ", "a", "é"], k=12)) for _ in range(3000)]
+    texts += [f"x{sign}y" for sign in odd] + [f"{sign}x{sign}" for sign in odd]
+    for text in texts:
+        plain = re.sub("[\ud800-\udfff]", "\ufffd", text)
+        plain = re.sub("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]", " ", plain)
+        assert clean(text, Damage()) == " ".join(plain.split()), repr(text)
 
 
 def test_a_file_of_zero_bytes_in_place_of_text_is_survived(tmp_path):
