@@ -1,6 +1,6 @@
 """From text to blocks: MB and tokens a second, beside line-by-line tokenisation and the first Distil* scripts' way.
 
-python benchmarks/prepare.py [--quick] [--json FILE] [--report FILE] [--folder DIR] [--megabytes N]
+python benchmarks/prepare.py [--quick] [--json FILE] [--report FILE] [--folder DIR] [--megabytes N] [--large N]
 
 Ours is the whole of launch/prepare.py's work: hashing, reading, tokenising, packing, writing Arrow files, counting. The
 plain loop only gives each line to the Hugging Face tokenizer and keeps the ids. The original way does so with the
@@ -13,19 +13,24 @@ import pickle
 import random
 import resource
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from side_by_side import medians, parser_of, table, tell
 from text import MINI, write_text
 
 from distilcb import distributed
+from distilcb.config import REPOSITORY
 from distilcb.data.blocks import read_description
 from distilcb.data.prepare import prepare
 from distilcb.data.tokenizer import TextTokenizer
@@ -37,6 +42,7 @@ def main(words: list[str]) -> None:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--folder", type=Path, help="where to write text and blocks (default: the temporary folder)")
     parser.add_argument("--megabytes", type=int, help="of text for ours (default: 96, with --quick 6)")
+    parser.add_argument("--large", type=int, metavar="N", help="also time N MB once, by launch/prepare.py on all cores")
     options = parser.parse_args(words)
     megabytes = options.megabytes or (6 if options.quick else 96)
     rounds = 1 if options.quick else 3
@@ -62,6 +68,8 @@ def main(words: list[str]) -> None:
         description = read_description(folder / "blocks")
         tokens_a_byte = description.blocks * SEQ_LEN / sizes["long"]
         peak = peak_of_a_process(long, folder / "blocks")
+        long.unlink()
+        large = prepare_large(folder, options.large << 20) if options.large else {}
     rates = {name: size / seconds[name] for name, (_, size) in contenders.items()}
     figures: dict[str, Any] = {"megabytes": megabytes, "cores": cores, "peak_bytes_of_a_process": peak}
     rows = []
@@ -88,6 +96,13 @@ def main(words: list[str]) -> None:
         + table(["", "MB/s", "tokens/s", "line by line = 1", "the original = 1"], rows)
         + f"\n\nPeak memory of one process of ours: {peak / 1e6:,.0f} MB."
     )
+    if large:
+        figures["large"] = large
+        minutes, rate, most = large["seconds"] / 60, large["bytes"] / large["seconds"], large["peak_bytes_of_a_process"]
+        text += (
+            f"\n\n`launch/prepare.py` on {large['bytes'] / 1e9:.1f} GB, {cores} processes: {minutes:.1f} minutes, "
+            f"{rate / 1e6:.1f} MB/s; no process had more than {most / 1e6:,.0f} MB of resident memory."
+        )
     tell("Preparing text", text, figures, options, "python benchmarks/prepare.py " + " ".join(words))
 
 
@@ -138,6 +153,25 @@ def peak_of_a_process(text: Path, output: Path) -> int:
 def _tell_peak(text: Path, output: Path, sender: Any) -> None:
     ours(text, output, 1)
     sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def prepare_large(folder: Path, size: int) -> dict[str, float]:
+    """Seconds of launch/prepare.py on so many bytes, and the most memory that one of its processes had resident."""
+    text = write_text(folder / "large.txt", size)
+    words = ["--input", str(text), "--tokenizer", str(MINI / "teacher"), "--output", str(folder / "large")]
+    started = time.perf_counter()
+    command = subprocess.Popen([sys.executable, str(REPOSITORY / "launch" / "prepare.py"), *words])
+    peaks: dict[int, int] = {}
+    while command.poll() is None:
+        with suppress(psutil.Error):
+            for process in [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]:
+                with suppress(psutil.Error):
+                    peaks[process.pid] = max(peaks.get(process.pid, 0), process.memory_info().rss)
+        time.sleep(0.5)
+    seconds = time.perf_counter() - started
+    if command.returncode:
+        raise SystemExit(f"launch/prepare.py ended with exit code {command.returncode}")
+    return {"bytes": text.stat().st_size, "seconds": seconds, "peak_bytes_of_a_process": max(peaks.values())}
 
 
 if __name__ == "__main__":
