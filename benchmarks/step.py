@@ -64,7 +64,7 @@ def cases(names: str, *, on_cuda: bool, quick: bool) -> list[Case]:
     elif quick:
         real, mini = [Case("real", REAL, 128, 2, 1)], [Case("mini", MINI, 128, 8, 2)]
     else:
-        real = [Case("real", REAL, 128, 8, 4), Case("real", REAL, 512, 2, 4)]
+        real = [Case("real", REAL, 128, 8, 2), Case("real", REAL, 512, 2, 2)]
         mini = [Case("mini", MINI, 128, 16, 2)]
     chosen = {"real": real, "mini": mini}
     return [case for name in names.split(",") for case in chosen[name]]
