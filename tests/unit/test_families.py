@@ -1,7 +1,10 @@
 """The parts of each architecture against the transformers model as a whole."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from distilcb.errors import ModelError
@@ -47,6 +50,30 @@ def test_a_decoder_that_is_not_tied_to_the_embeddings_is_the_one_used(tiny_model
     weight, _ = family_of(model.config, where="test").decoder(model)
     assert not torch.equal(weight, model.get_input_embeddings().weight)
     assert torch.equal(logits_by_family(model, ids), model(ids).logits)
+
+
+class Operators(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names[func.name().removeprefix("aten::").partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@architectures
+@torch.no_grad()
+def test_attention_is_one_fused_operator_a_layer(tiny_model, architecture):
+    """A mask, or a model that was not loaded for it, would take torch's plain products and a softmax instead."""
+    model = tiny_model(architecture)
+    family = family_of(model.config, where="test")
+    with Operators() as ran:
+        family.encode(model, random_ids(model, 16))
+    assert ran.names["_scaled_dot_product_flash_attention_for_cpu"] == len(family.layers(model))
+    assert not ran.names.keys() & {"bmm", "_softmax"}
 
 
 @architectures
