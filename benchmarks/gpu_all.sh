@@ -3,10 +3,11 @@
 #
 #   bash benchmarks/gpu_all.sh OUT [TEXT]
 #
-# GPU tests, benchmarks of head, step (with a profile) and its variants, a short distillation in fp16, and the shipped teacher trained on
-# with TEXT (a folder of .txt with train/ and heldout/, or the shipped text). Writes logs, figures and summary.md to OUT.
-# Needs torch with CUDA and this project's packages; no network. PYTHON names the interpreter (default: python3), SECONDS_ALL
-# the time for all (default: 560). Nothing is installed; a part that fails does not keep the others from running.
+# GPU tests, benchmarks of head, step (with a profile) and its variants, a short distillation in fp16, and the shipped
+# teacher trained on with TEXT (a folder of .txt with train/ and heldout/, or the shipped text). Writes logs, figures and
+# summary.md to OUT. Needs torch with CUDA and this project's packages; no network. PYTHON names the interpreter (default:
+# python3), SECONDS_ALL the time for all (default: 560). Nothing is installed; a part that fails does not keep the others
+# from running.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 1 ] || { echo "usage: bash benchmarks/gpu_all.sh OUT [TEXT]" >&2; exit 2; }
@@ -68,15 +69,15 @@ part() {
 
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
-part tests 170 "$python" -m pytest -q -p no:cacheprovider tests/gpu tests/unit/test_logit_kernel.py
-part head 60 "$python" benchmarks/head.py --json "$out/head.json" --report "$out/head.md"
-part step 120 "$python" benchmarks/step.py --cases real --rounds 3 "${adam[@]}" --json "$out/step.json" --report "$out/step.md" --profile "$runs/profile.json"
-part variants 90 "$python" benchmarks/variants.py --cases real --rounds 3 "${adam[@]}" --json "$out/variants.json" --report "$out/variants.md"
+part tests 150 "$python" -m pytest -q -p no:cacheprovider tests/gpu tests/unit/test_logit_kernel.py
+part head 40 "$python" benchmarks/head.py --json "$out/head.json" --report "$out/head.md"
+part step 110 "$python" benchmarks/step.py --cases real --rounds 3 "${adam[@]}" --json "$out/step.json" --report "$out/step.md" --profile "$runs/profile.json"
 cp "$runs"/profile*.txt "$out/" 2>/dev/null
-part distillation 60 "$python" launch/train.py --run_dir "$runs/mini" --deepspeed zero2_fp16 "${adam[@]}" --train.steps 300
+part distillation 50 "$python" launch/train.py --run_dir "$runs/mini" --deepspeed zero2_fp16 "${adam[@]}" --train.steps 300
 cp "$runs/mini/summary.json" "$out/distillation.json" 2>/dev/null
+part variants 80 "$python" benchmarks/variants.py --cases real --rounds 3 "${adam[@]}" --json "$out/variants.json" --report "$out/variants.md"
 # SIGTERM asks a run to save and end, so the time limit is its length; the newest weights are exported then.
-part teacher 140 "$python" launch/train.py --recipe recipes/mini_teacher_3.yaml --run_dir "$runs/teacher" --deepspeed zero2_bf16 "${adam[@]}" \
+part teacher $((seconds_all - SECONDS + started - 45)) "$python" launch/train.py --recipe recipes/mini_teacher_3.yaml --run_dir "$runs/teacher" --deepspeed zero2_bf16 "${adam[@]}" \
     --student.init recipes/mini/teacher --student.init_layers null --data.train "$text/train" --data.heldout "$text/heldout" \
     --optim.global_batch 256 --optim.micro_batch 256 --optim.schedule constant --train.steps 20000 --train.eval_every 1000
 if [ -d "$runs/teacher/checkpoints" ]; then

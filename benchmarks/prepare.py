@@ -11,6 +11,7 @@ again to count tokens. Text is the shipped one again and again with other words 
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -69,7 +70,7 @@ def main(words: list[str]) -> None:
         tokens_a_byte = description.blocks * SEQ_LEN / sizes["long"]
         peak = peak_of_a_process(long, folder / "blocks")
         long.unlink()
-        large = prepare_large(folder, options.large << 20) if options.large else {}
+        large = prepare_large(folder, options.large << 20, cores) if options.large else {}
     rates = {name: size / seconds[name] for name, (_, size) in contenders.items()}
     figures: dict[str, Any] = {"megabytes": megabytes, "cores": cores, "peak_bytes_of_a_process": peak}
     rows = []
@@ -155,23 +156,32 @@ def _tell_peak(text: Path, output: Path, sender: Any) -> None:
     sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def prepare_large(folder: Path, size: int) -> dict[str, float]:
+def most_resident(process: int) -> int:
+    """Bytes that a process has had resident at most so far."""
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) * 1024 if found else 0  # a process that has just ended has none
+
+
+def prepare_large(folder: Path, size: int, processes: int) -> dict[str, float]:
     """Seconds of launch/prepare.py on so many bytes, and the most memory that one of its processes had resident."""
     text = write_text(folder / "large.txt", size)
     words = ["--input", str(text), "--tokenizer", str(MINI / "teacher"), "--output", str(folder / "large")]
+    words += ["--processes", str(processes)]
     started = time.perf_counter()
     command = subprocess.Popen([sys.executable, str(REPOSITORY / "launch" / "prepare.py"), *words])
-    peaks: dict[int, int] = {}
-    while command.poll() is None:
-        with suppress(psutil.Error):
-            for process in [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]:
-                with suppress(psutil.Error):
-                    peaks[process.pid] = max(peaks.get(process.pid, 0), process.memory_info().rss)
-        time.sleep(0.5)
+    peak = 0
+    try:
+        while command.poll() is None:
+            with suppress(psutil.Error, OSError):
+                for process in [psutil.Process(command.pid), *psutil.Process(command.pid).children(recursive=True)]:
+                    peak = max(peak, most_resident(process.pid))
+            time.sleep(0.5)
+    finally:
+        command.kill()
     seconds = time.perf_counter() - started
     if command.returncode:
         raise SystemExit(f"launch/prepare.py ended with exit code {command.returncode}")
-    return {"bytes": text.stat().st_size, "seconds": seconds, "peak_bytes_of_a_process": max(peaks.values())}
+    return {"bytes": text.stat().st_size, "seconds": seconds, "peak_bytes_of_a_process": peak}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Our step as it is, beside what else it could do: torch.compile, overlap_comm the other way, gradients reduced once.
+"""Our step as it is, beside what else it could do: torch.compile, overlap_comm the other way, coalesced gradients.
 
 python benchmarks/variants.py [--quick] [--json FILE] [--report FILE] [--cases real,mini] [SETTINGS]
 torchrun --nproc_per_node 2 benchmarks/variants.py …
 
-Gradients reduced once a step go through DeepSpeed's coalesce_grad_reduction, which adds micro-batches up in the model's
-precision: it is here to tell what reducing at each micro-step costs, not to be used.
+Coalesced gradients (DeepSpeed's coalesce_grad_reduction) are reduced once a step and added up in the model's precision
+before, so on one rank their gain is that of the sums in fp32 which they leave out. They are here to tell what reducing
+and adding up at each micro-step costs, not to be used.
 """
 
 import copy
@@ -18,6 +19,7 @@ from step import Case, Ours, cases, random_models, recipe_words
 from distilcb import distributed
 from distilcb.command_line import parse_command_line
 from distilcb.config import Config
+from distilcb.engine.optimizer import learning_rate
 from distilcb.models.teacher import Teacher
 from distilcb.train.build import DTYPES, Models, Place, compile_layers, take_place
 
@@ -41,10 +43,13 @@ def main(words: list[str]) -> None:
 
 
 class Coalesced(Ours):
-    """Gradients stay where they are until the last micro-batch, and are reduced together."""
+    """Gradients stay in the weights until the last micro-batch, and are reduced together."""
 
     def step(self, *, kl_positions: str = "attended") -> tuple[int, int]:
         stepper, engine = self.stepper, self.engine
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate(stepper.optim, step=self.steps, steps=stepper.steps)
+        self.steps += 1
         with engine.coalesce_grad_reduction():
             for _ in range(stepper.cut.accumulation):
                 batch = next(self.batches).to(stepper.device)
@@ -73,7 +78,7 @@ def measure(case: Case, config: Config, place: Place, rounds: int, figures: dict
         "as it is": Ours(case, config, place, models()),
         "train.compile": Ours(case, config, place, compiled),
         f"overlap_comm: {str(not zero.get('overlap_comm')).lower()}": Ours(case, config, other_way, models()),
-        "gradients reduced once a step": Coalesced(case, config, place, models()),
+        "coalesced gradients": Coalesced(case, config, place, models()),
     }
     seconds = medians({name: lambda each=each: each.step() for name, each in variants.items()}, rounds=rounds)
     base, rows = seconds["as it is"], []
@@ -81,12 +86,14 @@ def measure(case: Case, config: Config, place: Place, rounds: int, figures: dict
         figures[f"{case.name}, length {case.length}: {name}"] = {
             "tokens_per_second": each.tokens / seconds[name],
             "speed": base / seconds[name],
+            "skipped_steps": each.engine.skipped_steps,
         }
-        rows.append((name, f"{each.tokens / seconds[name]:,.0f}", f"{base / seconds[name]:.3f}"))
+        speed = f"{base / seconds[name]:.3f}"
+        rows.append((name, f"{each.tokens / seconds[name]:,.0f}", speed, each.engine.skipped_steps))
     return (
         f"## {case.name} size, length {case.length}\n\n{place.world.size} rank(s), {case.accumulation} micro-batches "
         f"of {case.micro_batch} sequences a step, {place.precision}; median of {rounds} in turn.\n\n"
-        + table(["", "tokens/s", "as it is = 1"], rows)
+        + table(["", "tokens/s", "as it is = 1", "steps that fp16 skipped"], rows)
     )
 
 

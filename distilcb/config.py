@@ -172,7 +172,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     """keep of each student layer its input alone, and compute the rest again in the backward pass: less memory"""
     compile: bool = False
-    """run the layers of teacher and student through torch.compile while training: faster on a GPU, after a minute"""
+    """run the layers of teacher and student through torch.compile while training: a minute at the start"""
     stall_minutes: Annotated[float, Field(gt=0)] = 10.0
     """minutes without a move of any rank after which the run ends and names the one that stands still"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -211,6 +211,7 @@ RESULT_NEUTRAL = frozenset(
         "train.keep_checkpoints",
         "train.stall_minutes",
         "train.activation_checkpointing",
+        "train.compile",
         "deepspeed",  # precision is a fact of the run, and stage 2 the only one there is
     }
 )

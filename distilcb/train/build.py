@@ -246,6 +246,8 @@ def build_models(config: Config, place: Place) -> Models:
     Raises:
         ConfigError, ModelError: whatever does not fit together.
     """
+    if config.train.compile:
+        check_compiler()
     teacher = None
     if config.teacher.model is not None:
         pickle = config.teacher.allow_pickle
@@ -270,12 +272,18 @@ def build_models(config: Config, place: Place) -> Models:
     return models
 
 
+def check_compiler() -> None:
+    """Raise ConfigError where torch.compile would find no compiler: Triton takes a C one, a CPU a C++ one."""
+    variable, usual = ("CC", ("gcc", "clang")) if uses_cuda() else ("CXX", ("g++",))
+    if not any(map(shutil.which, [os.environ[variable]] if variable in os.environ else usual)):
+        raise ConfigError(
+            f"train.compile: torch.compile needs a compiler: {' or '.join(usual)} in PATH, or its name in {variable} "
+            "(apt-get install g++, or module load gcc)."
+        )
+
+
 def compile_layers(models: Models) -> None:
     """Have torch.compile take each transformer layer at its first call: one compilation serves all that are alike."""
-    if not shutil.which("c++"):
-        raise ConfigError(
-            "train.compile: torch.compile needs a C++ compiler (apt-get install g++, or module load gcc)."
-        )
     teacher = [(models.teacher.model, models.teacher.family)] if models.teacher else []
     for model, family in [*teacher, (models.student, models.family)]:
         for layer in family.layers(model):

@@ -47,6 +47,7 @@ def take_weights(spare: StepModule, module: StepModule) -> None:
     spare.student.load_state_dict(module.student.state_dict())
 
 
+@torch.compiler.set_stance("force_eager")  # one sample is another shape than what training compiled
 def figures_by_sample(
     spare: StepModule,
     stepper: Stepper,

@@ -1,8 +1,8 @@
 """optim.micro_batch: auto, made a number: the most sequences a pass that every rank's device holds.
 
 On CUDA sizes are tried: the real models take a forward and a backward pass on random words, beside as much memory as
-DeepSpeed will keep for itself. A size that runs out of memory on one rank is out for all. The number goes into
-config.yaml, so that a run that goes on keeps it.
+DeepSpeed will keep for itself, with plain layers also where train.compile is asked for. A size that runs out of memory
+on one rank is out for all. The number goes into config.yaml, so that a run that goes on keeps it.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class _Probe:
             torch.cuda.empty_cache()
         return True
 
+    @torch.compiler.set_stance("force_eager")  # each size would be compiled
     def _pass(self, size: int) -> None:
         device, dtype = self.place.device, DTYPES[self.place.precision]
         module = StepModule(copy.deepcopy(self.models.student), self.models.family, self.config.loss).to(device, dtype)

@@ -346,6 +346,7 @@ def _not_as_logged(compared: Comparison, folder: RunFolder) -> ReplayError:
     lines += [f"{name}: logged {compared.logged[name]}, now {compared.replayed[name]}" for name in compared.differing]
     lines.append(f"Other than at the run's first start: {', '.join(changed) or 'nothing that is written down'}.")
     lines.append(
-        "Bits stay the same only with the same micro-batch, ranks, threads, device, versions and student.init."
+        "Bits stay the same only with the same micro-batch, ranks, threads, device, versions, student.init and "
+        "train.compile."
     )
     return ReplayError("\n  ".join(lines))

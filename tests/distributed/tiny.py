@@ -3,7 +3,7 @@
 The functions that ranks run live in the test modules; what they share is here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +49,7 @@ def tiny_config(
     dropout: float = 0.0,
     loss: LossConfig | None = None,
     steps: int = 8,
-    compile_layers: bool = False,
+    train: TrainConfig = TrainConfig(),  # noqa: B008  (frozen)
 ) -> Config:
     """The configuration of a tiny run; without clipping, which would hide a factor."""
     return Config(
@@ -57,7 +57,7 @@ def tiny_config(
         data=DataConfig(seq_len=SEQ_LEN, workers=0),
         loss=loss or LossConfig(),
         optim=OptimConfig(global_batch=global_batch, micro_batch=micro_batch, clip=0.0, lr=1e-3),
-        train=TrainConfig(steps=steps, compile=compile_layers),
+        train=replace(train, steps=steps),
         deepspeed=deepspeed,
     )
 
@@ -157,6 +157,8 @@ def start(config: Config, *, hidden_size: int = HIDDEN_SIZE, load_universal: boo
     precision = deepspeed_config.precision(settings)
     place = Place(world, distributed.device(), settings, precision)
     built = models(config, DTYPES[precision], hidden_size=hidden_size)
+    if config.train.activation_checkpointing:
+        built.student.gradient_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
         compile_layers(built)
     return TinyRun(built, *wire_stepper(config, place, built, BLOCKS, load_universal=load_universal))

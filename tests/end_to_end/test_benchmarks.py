@@ -51,15 +51,17 @@ def test_the_benchmark_of_variants_has_each(tmp_path):
     figures, _ = figures_of("variants", tmp_path, "--cases", "mini", "--deepspeed", "zero2_cpu")
     speeds = {name.partition(": ")[2]: value["speed"] for name, value in figures.items() if "mini" in name}
     assert speeds.pop("as it is") == 1
-    assert set(speeds) == {"train.compile", "overlap_comm: true", "gradients reduced once a step"}
+    assert set(speeds) == {"train.compile", "overlap_comm: true", "coalesced gradients"}
     assert all(0.1 < speed < 10 for speed in speeds.values())
 
 
 def test_the_benchmark_of_preparing_has_ours_and_the_others(tmp_path):
-    figures, _ = figures_of("prepare", tmp_path, "--megabytes", "2", "--folder", tmp_path)
+    figures, _ = figures_of("prepare", tmp_path, "--megabytes", "2", "--large", "3", "--folder", tmp_path)
     assert figures["ours, 1 process(es)"]["over_line_by_line"] > 1
     assert figures["the original's way"]["over_the_original"] == 1
     assert 50e6 < figures["peak_bytes_of_a_process"] < 2e9
+    assert 3e6 < figures["large"]["bytes"] < 4e6
+    assert 50e6 < figures["large"]["peak_bytes_of_a_process"] < 2e9
 
 
 def test_the_loaders_benchmark_tells_rows_and_waiting(tmp_path):
