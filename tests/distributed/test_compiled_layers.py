@@ -7,9 +7,10 @@ import tiny
 import torch
 from torch._dynamo.utils import counters
 
-from distilcb.config import TrainConfig
+from distilcb.config import MaskingConfig, TrainConfig
 from distilcb.data.blocks import RandomBlocks
-from distilcb.data.loader import fixed_heldout_batches
+from distilcb.data.loader import HeldoutBatches
+from distilcb.data.masking import Masking
 from distilcb.errors import ConfigError
 from distilcb.eval.fill_mask import fill_masks
 from distilcb.eval.masked_lm import evaluate
@@ -49,7 +50,8 @@ def look_at(run: tiny.TinyRun) -> None:
     models, device = run.models, torch.device("cpu")
     rank, size = run.stepper.cut.rank, run.stepper.cut.world_size
     blocks = RandomBlocks(tiny.VOCABULARY, seq_len=tiny.SEQ_LEN, blocks=10)
-    batches = fixed_heldout_batches(blocks, tiny.VOCABULARY, micro_batch=3, rank=rank, world_size=size)
+    masking = Masking(MaskingConfig(), tiny.VOCABULARY, blocks.token_counts, seq_len=tiny.SEQ_LEN, seed=0)
+    batches = HeldoutBatches(blocks, masking, micro_batch=3, rank=rank, world_size=size)
     evaluate(models.student, models.teacher, models.family, batches, maskings=2, device=device)
     fill_masks(models.student, models.family, Words(), ["<mask>", "one <mask>"], device=device)
 
