@@ -59,6 +59,8 @@ class StudentConfig:
     """transformer layers; null: half of the teacher's"""
     init_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """for each student layer the source layer it copies, from 0; null: spread evenly, the first and last included"""
+    architecture: str | None = None
+    """the student's model_type where it is another than the teacher's: distilbert for a BERT; null: the same"""
     config: str | None = None
     """a config.json for the student, in place of the one derived from the teacher"""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None

@@ -20,14 +20,18 @@ def spread_layers(source_layers: int, num_layers: int) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def copy_weights(source: nn.Module, target: nn.Module, family: Family, layers: Sequence[int]) -> None:
+def copy_weights(
+    source: nn.Module, source_family: Family, target: nn.Module, family: Family, layers: Sequence[int]
+) -> None:
     """Copy embeddings, the whole head, and for target layer i the source layer layers[i].
+
+    source_family, family: of the source and of the target.
 
     Raises:
         ConfigError: a layer that the source does not have, or a map of another length than the target's depth.
         ModelError: weights of different shapes.
     """
-    source_layers, target_layers = family.layers(source), family.layers(target)
+    source_layers, target_layers = source_family.layers(source), family.layers(target)
     beyond = [layer for layer in layers if layer >= len(source_layers)]
     if beyond:
         raise ConfigError(
@@ -38,9 +42,7 @@ def copy_weights(source: nn.Module, target: nn.Module, family: Family, layers: S
             f"student.init_layers={list(layers)} lists {len(layers)} layers, the student has {len(target_layers)}. "
             "Give one source layer for each."
         )
-    pairs = list(zip(family.beside_layers(source), family.beside_layers(target), strict=True))
-    pairs += [(source_layers[layer], target_layers[i]) for i, layer in enumerate(layers)]
-    for from_module, to_module in pairs:
+    for from_module, to_module in family.pairs(source, source_family, target, layers):
         weights = {name: value.to(torch.float32) for name, value in from_module.state_dict().items()}
         try:
             to_module.load_state_dict(weights)
@@ -49,3 +51,4 @@ def copy_weights(source: nn.Module, target: nn.Module, family: Family, layers: S
                 f"the student's {type(to_module).__name__} differs from the source's: "
                 f"{str(error).splitlines()[-1].strip()}. Only the depth may differ; check student.config."
             ) from error
+    family.finish_copy(source, target)

@@ -6,7 +6,7 @@ import torch
 
 from distilcb.config import StudentConfig
 from distilcb.errors import ConfigError
-from distilcb.models.families import Family, family_of
+from distilcb.models.families import FAMILIES, Family, family_of
 from distilcb.models.layer_copy import copy_weights, spread_layers
 from distilcb.models.loading import load_config, load_masked_lm
 
@@ -27,6 +27,9 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
     template = _template(student, teacher, source)
     family = family_of(template, where="student")
     config = family.with_layers(template, _depth(student, teacher, source, template))
+    if student.architecture is not None and student.architecture != config.model_type:
+        family = _family_called(student.architecture)
+        config = family.config_like(config)
     if student.dropout is not None:
         family.set_dropout(config, student.dropout)
     if config.vocab_size < vocab_size:
@@ -36,14 +39,22 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
         )
     model = _random_model(config, seed)
     if source is not None:
-        _refuse_other_shape(source.config, config)
+        source_family = family_of(source.config, where="student.init")
+        if source_family is family:
+            _refuse_other_shape(source.config, config)
         layers = student.init_layers
         if layers is None:
             layers = spread_layers(source.config.num_hidden_layers, config.num_hidden_layers)
-        copy_weights(source, model, family, layers)
+        copy_weights(source, source_family, model, family, layers)
     if student.freeze_position_embeddings:
         family.position_embeddings(model).weight.requires_grad_(False)
     return model, family
+
+
+def _family_called(architecture: str) -> Family:
+    if architecture not in FAMILIES:
+        raise ConfigError(f"student.architecture={architecture!r} is none of {', '.join(FAMILIES)}.")
+    return FAMILIES[architecture]
 
 
 def _source(student: StudentConfig, teacher: Any | None) -> Any | None:
