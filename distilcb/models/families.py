@@ -69,6 +69,10 @@ class Family(ABC):
     def finish_copy(self, source: nn.Module, target: nn.Module) -> None:  # noqa: B027  (most need nothing)
         """What a student needs beyond the pairs."""
 
+    def feed_forward_size(self, config: Any) -> int:
+        """Units between a layer's two feed-forward products."""
+        return config.intermediate_size
+
     def with_layers(self, config: Any, num_layers: int) -> Any:
         """A copy of a model's configuration with another depth."""
         copied = type(config).from_dict(config.to_dict())
@@ -167,6 +171,9 @@ class DistilBert(Family):
 
     def dropout(self, config: Any) -> float:
         return max(config.dropout, config.attention_dropout)
+
+    def feed_forward_size(self, config: Any) -> int:
+        return config.hidden_dim
 
     def config_like(self, config: Any) -> Any:
         from transformers import DistilBertConfig

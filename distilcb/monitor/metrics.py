@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distilcb.gpus import GPUS
+from distilcb.models.families import family_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class ModelShape:
 
 def shape_of(config: Any) -> ModelShape:
     """Of a model's configuration."""
-    return ModelShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
+    inner = family_of(config, where="model").feed_forward_size(config)
+    return ModelShape(config.num_hidden_layers, config.hidden_size, inner, config.vocab_size)
 
 
 def flops_per_token(
