@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from distilcb.gpus import GPUS
-from distilcb.models.families import family_of
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,9 @@ class ModelShape:
         return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
 
 
-def shape_of(config: Any) -> ModelShape:
-    """Of a model's configuration."""
-    inner = family_of(config, where="model").feed_forward_size(config)
-    return ModelShape(config.num_hidden_layers, config.hidden_size, inner, config.vocab_size)
+def shape_of(config: Any, *, feed_forward_size: int) -> ModelShape:
+    """Of a model's configuration; each family has its own name for the feed-forward size."""
+    return ModelShape(config.num_hidden_layers, config.hidden_size, feed_forward_size, config.vocab_size)
 
 
 def flops_per_token(

@@ -86,7 +86,7 @@ def _empty(name: str) -> Any:
 def _sizes(model: Any, family: Family) -> ModelSizes:
     weights = list(model.parameters())
     return ModelSizes(
-        shape_of(model.config),
+        shape_of(model.config, feed_forward_size=family.feed_forward_size(model.config)),
         sum(weight.numel() for weight in weights),
         sum(weight.numel() for weight in weights if weight.requires_grad),
         model.config.num_attention_heads,

@@ -40,7 +40,7 @@ from distilcb.models.families import Family
 from distilcb.models.loading import hash_weights, load_masked_lm
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
-from distilcb.monitor.metrics import flops_per_token, shape_of
+from distilcb.monitor.metrics import ModelShape, flops_per_token, shape_of
 from distilcb.preemption import StopRequest
 from distilcb.train.micro_batch import settle_micro_batch
 from distilcb.train.preflight import check_free_disk, preflight
@@ -459,9 +459,13 @@ def _flops_per_token(config: Config, models: Models, counts: Counts) -> float:
     loss = config.loss
     soft = 0.0 if not (loss.kl or loss.mse) else 1.0 if loss.kl_positions == "attended" else masked_share
     return flops_per_token(
-        shape_of(models.student.config),
-        shape_of(models.teacher.model.config) if models.teacher else None,
+        _shape_of(models.student, models.family),
+        _shape_of(models.teacher.model, models.teacher.family) if models.teacher else None,
         seq_len=config.data.seq_len,
         soft_share=soft,
         head_share=max(soft, masked_share),
     )
+
+
+def _shape_of(model: Any, family: Family) -> ModelShape:
+    return shape_of(model.config, feed_forward_size=family.feed_forward_size(model.config))

@@ -73,7 +73,9 @@ def test_activations_are_those_that_the_models_keep(layers, dropout, checkpointi
     found = kept_bytes(model, torch.randint(7, 300, (4, 128)))
 
     def planned(layers, checkpointing):
-        sizes = ModelSizes(replace(shape_of(made), layers=layers), 0, 0, 4, dropout)
+        sizes = ModelSizes(
+            replace(shape_of(made, feed_forward_size=made.intermediate_size), layers=layers), 0, 0, 4, dropout
+        )
         return activation_bytes(sizes, 2, "cpu", config("--train.activation_checkpointing", str(checkpointing).lower()))
 
     expected = planned(layers, checkpointing)
