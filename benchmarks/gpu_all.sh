@@ -69,7 +69,7 @@ part() {
 
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
-part tests 150 "$python" -m pytest -q -p no:cacheprovider tests/gpu tests/unit/test_logit_kernel.py
+part tests 200 "$python" -m pytest -q -p no:cacheprovider tests/gpu tests/unit/test_logit_kernel.py
 part head 40 "$python" benchmarks/head.py --json "$out/head.json" --report "$out/head.md"
 part step 110 "$python" benchmarks/step.py --cases real --rounds 3 "${adam[@]}" --json "$out/step.json" --report "$out/step.md" --profile "$runs/profile.json"
 cp "$runs"/profile*.txt "$out/" 2>/dev/null

@@ -30,6 +30,11 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 
 def medians(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:
     """Seconds a call, the median of `rounds` in which each contender has its turn, after one to warm up."""
+    return {name: statistics.median(values) for name, values in in_turn(contenders, rounds=rounds).items()}
+
+
+def in_turn(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each of `rounds` calls, in which each contender has its turn, after one to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, contender in contenders.items():
@@ -39,7 +44,7 @@ def medians(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
             _wait_for_device()
             if number:
                 seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return seconds
 
 
 def peak_bytes(contender: Callable[[], Any]) -> int:
@@ -107,6 +112,8 @@ def tell(title: str, text: str, figures: Mapping[str, Any], options: argparse.Na
         f"`{command}`, commit {facts['commit']}, {facts['date']}, {facts['device']}, {facts['cores']} cores, "
         f"{facts['threads']} thread(s), torch {facts['torch']}."
     )
+    if options.quick:
+        where += " Quick: this shows that it runs; its figures are not to be quoted."
     page = f"# {title}\n\n{text}\n\n{where}\n"
     print(page)
     if options.report:

@@ -8,16 +8,17 @@ device multiplies (tokens, 768) x (768, 3072) in the same precision, in the same
 """
 
 import re
+import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from original_loop import OriginalLoop, padded_batches
-from side_by_side import medians, parser_of, peak_bytes, table, tell
+from side_by_side import in_turn, medians, parser_of, peak_bytes, table, tell
 from torch import Tensor
 from transformers import CamembertConfig, CamembertForMaskedLM
 
@@ -123,22 +124,25 @@ def recipe_words() -> list[str]:
 
 @dataclass
 class Contender:
-    """A step that takes its turns, and the tokens of all its turns so far: real ones, and with padding."""
+    """A step that takes its turns, and the tokens of each turn so far: real ones, and with padding."""
 
     turn: Callable[[], tuple[int, int]]
     masked_only: bool = False
-    turns: int = 0
-    real: int = 0
-    shown: int = 0
+    length: float | None = None
+    tokens: list[tuple[int, int]] = field(default_factory=list)
 
     def __call__(self) -> None:
-        real, shown = self.turn()
-        self.turns, self.real, self.shown = self.turns + 1, self.real + real, self.shown + shown
+        self.tokens.append(self.turn())
+
+    def speed(self, seconds: Sequence[float]) -> float:
+        """Real tokens a second, the median over the turns that took so long; one before them warmed up."""
+        real = [count for count, _ in self.tokens[1 : len(seconds) + 1]]
+        return statistics.median(count / each for count, each in zip(real, seconds, strict=True))
 
     @property
-    def tokens(self) -> float:
-        """Real ones a turn."""
-        return self.real / self.turns
+    def padding(self) -> float:
+        """Share of what is computed."""
+        return 1 - sum(real for real, _ in self.tokens) / sum(shown for _, shown in self.tokens)
 
 
 def measure(
@@ -151,29 +155,29 @@ def measure(
 ) -> str:
     """All contenders of a case in turn, as Markdown."""
     rate = _product_rate(case, DTYPES[place.precision], place.device)
-    seconds = medians(contenders, rounds=rounds)
+    seconds = in_turn(contenders, rounds=rounds)
     memory = {name: peak_bytes(contender) for name, contender in contenders.items()}
     if profile:
         _profile(contenders["ours"], profile.with_stem(f"{profile.stem}_{case.name}_{case.length}"))
-    speeds = {name: each.tokens / seconds[name] for name, each in contenders.items()}
+    speeds = {name: each.speed(seconds[name]) for name, each in contenders.items()}
     base, rows = speeds["original loop, fp32"], []
     for name, each in contenders.items():
-        share = speeds[name] * _flops(case, masked=each.masked_only) / rate
-        padding = 1 - each.real / each.shown
+        share = speeds[name] * _flops(case, each) / rate
         figures[f"{case.name}, length {case.length}: {name}"] = {
             "tokens_per_second": speeds[name],
             "speed_over_original": speeds[name] / base,
             "share_of_product_rate": share,
             "peak_bytes": memory[name],
-            "padding_share": padding,
+            "padding_share": each.padding,
         }
         cells = (f"{speeds[name]:,.0f}", f"{speeds[name] / base:.2f}", f"{share:.0%}", f"{memory[name] / 1e6:,.0f}")
-        rows.append((name, *cells, f"{padding:.0%}"))
+        rows.append((name, *cells, f"{each.padding:.0%}"))
     head = ["", "tokens/s", "original, fp32 = 1", "of a product's rate", "peak MB beyond the models", "padding"]
     return (
         f"## {case.name} size: hidden {case.sizes['hidden_size']}, vocabulary {case.sizes['vocab_size']:,}, length "
         f"{case.length}\n\n{LAYERS} to {LAYERS // 2} layers, {case.accumulation} micro-batch(es) of {case.micro_batch} "
-        f"sequences a step, ours in {place.precision}; median of {rounds} in turn. A product runs at "
+        f"sequences a step, ours in {place.precision}; median of {rounds} in turn. Padded batches hold about as many "
+        f"tokens in sentences of {contenders['original loop, fp32, padded'].length:.0f} on average. A product runs at "
         f"{rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
     )
 
@@ -197,15 +201,20 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
     def original(dtype: torch.dtype, *, masked_only: bool = False) -> OriginalLoop:
         return OriginalLoop(teacher, student, device=device, dtype=dtype, masked_only=masked_only)
 
-    def batches(lengths: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        return padded_batches(lengths, size=case.micro_batch, vocab=case.sizes["vocab_size"], seed=0)
+    def batches(lengths: list[int], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return padded_batches(lengths, size=size, vocab=case.sizes["vocab_size"], seed=0)
 
-    full, padded = batches([case.length] * 4096), batches(sentence_lengths(tokenizer, case.length))
+    full = batches([case.length] * 4096, case.micro_batch)
+    # Sentences, as many to a micro-batch as have about its tokens; repeated, so that each bin of lengths fills some.
+    sentences = sentence_lengths(tokenizer, case.length)
+    mean = statistics.mean(sentences)
+    rows = max(1, round(case.micro_batch * case.length / mean))
+    padded = batches(sentences * rows, rows)
     plain = original(torch.float32)
     on_masked = original(torch.float32, masked_only=True)
     found = {
         "original loop, fp32": Contender(_turn(plain, full, case)),
-        "original loop, fp32, padded": Contender(_turn(plain, padded, case)),
+        "original loop, fp32, padded": Contender(_turn(plain, padded, case), length=mean),
         "original loop, fp32, KL on masked": Contender(_turn(on_masked, full, case), masked_only=True),
     }
     if half != torch.float32:
@@ -232,13 +241,13 @@ def sentence_lengths(tokenizer: TextTokenizer, longest: int) -> list[int]:
     return [min(len(ids), longest) for ids in tokenizer.hugging_face(sentences)["input_ids"]]
 
 
-def _flops(case: Case, *, masked: bool) -> float:
+def _flops(case: Case, contender: Contender) -> float:
     def shape(layers: int) -> ModelShape:
         sizes = case.sizes
         return ModelShape(layers, sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"])
 
-    share = 0.15 if masked else 1.0
-    return flops_per_token(shape(LAYERS // 2), shape(LAYERS), seq_len=case.length, soft_share=share, head_share=share)
+    share, length = 0.15 if contender.masked_only else 1.0, round(contender.length or case.length)
+    return flops_per_token(shape(LAYERS // 2), shape(LAYERS), seq_len=length, soft_share=share, head_share=share)
 
 
 def _product_rate(case: Case, dtype: torch.dtype, device: torch.device) -> float:

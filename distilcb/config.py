@@ -75,7 +75,7 @@ class DataConfig:
     """prepared folder, or text to prepare first: files, folders, globs (.txt .jsonl .parquet, also .gz .xz .zst), \
 hub:NAME:CONFIG:SPLIT"""
     heldout: Paths = ()
-    """the same, for evaluation; empty: no evaluation"""
+    """the same, for evaluation; []: no evaluation"""
     seq_len: Annotated[int, Field(ge=8)] = 512
     """tokens in a block, separators included"""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -135,7 +135,7 @@ class OptimConfig:
     global_batch: Count = 4096
     """sequences an optimizer step, over all ranks and accumulation"""
     micro_batch: Count | Literal["auto"] = 8
-    """sequences a forward pass on one rank; auto: the most that fit"""
+    """sequences a forward pass on one rank; auto: the most that fit a GPU, 2,048 tokens on a CPU"""
     lr: Annotated[float, Field(gt=0)] = 5e-4
     """peak learning rate"""
     warmup: Annotated[float, Field(ge=0)] = 0.05
@@ -262,7 +262,7 @@ def validate(tree: dict[str, Any], faults: Sequence[str] = ()) -> Config:
     try:
         config = TypeAdapter(Config).validate_python(tree)
     except pydantic.ValidationError as error:
-        found += [*map(_describe, error.errors()), *_boolean_faults(tree)]
+        found += [*dict.fromkeys(map(_describe, error.errors())), *_boolean_faults(tree)]
     else:
         found += [*_boolean_faults(tree), *_cross_faults(config)]
         if not found:
@@ -381,6 +381,10 @@ def _describe(fault: Any) -> str:
     if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         sections = [field.name for field in fields(Config)]
         return f"unknown setting {with_nearest(path, [name for name, *_ in options()] + sections)}"
+    hints = {name: hint for name, hint, *_ in options()}
+    setting = path.rpartition(".")[0]
+    if setting in hints and not isinstance(fault["loc"][-1], int):  # one of several types that it may have
+        return f"{setting}={fault['input']!r}: needed {type_name(hints[setting])}"
     if fault["type"] == "tuple_type":
         return f"{path}={fault['input']!r}: needed a list, such as [0,2,4]"
     if fault["type"] == "dataclass_type":

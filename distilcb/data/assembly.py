@@ -36,9 +36,11 @@ class Assembly:
         facts, vocabulary = self.facts, self.how.tokenizer.vocabulary
         if not self._sum("blocks"):
             shutil.rmtree(self.folder, ignore_errors=True)
+            short = self._sum("short_documents")
+            left_out = f" {short:,} documents are shorter than min_characters." if short else ""
             raise DataError(
                 f"{', '.join(self.plan.names)}: {self._sum('documents')} documents with {self._sum('tokens')} tokens "
-                f"fill no block of {self.how.seq_len} tokens. Give more text, or a smaller seq_len."
+                f"fill no block of {self.how.seq_len} tokens. Give more text, or a smaller seq_len.{left_out}"
             )
         assembled = self.folder / "assembled"
         shutil.rmtree(assembled, ignore_errors=True)  # of a start that was killed here

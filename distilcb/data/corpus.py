@@ -276,7 +276,10 @@ def _of_lines(
                 damage.damaged_records += 1
                 continue
             fault = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise DataError(f"{path}, line {lines_before() + number}: not JSON ({fault}).") from error
+            raise DataError(
+                f"{path}, line {lines_before() + number}: not JSON ({fault}). launch/prepare.py --skip_damaged leaves "
+                "such records out."
+            ) from error
         text = record.get(text_field, 0) if isinstance(record, dict) else 0
         if text is None:
             text = ""  # as a null in parquet

@@ -2,25 +2,30 @@
 
 import argparse
 import json
-import tempfile
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distilcb.command_line import CommandLine, Parser, number, parse_command_line
-from distilcb.config import Config
+from distilcb.config import Config, accumulation_steps
 from distilcb.engine import deepspeed_config
 from distilcb.engine.checkpoint import write_durably
-from distilcb.errors import ConfigError
+from distilcb.errors import ConfigError, writing
 from distilcb.gpus import GPUS
 from distilcb.plan.prediction import (
+    RESERVED,
     Machine,
     checkpoint_bytes,
     flop_per_token,
     largest_micro_batch,
     memory,
+    room,
     step,
 )
 from distilcb.plan.sizes import sizes_of
+
+log = logging.getLogger(__name__)
 
 _WIDTHS = {"fp16": 2, "bf16": 2, "fp32": 4}
 
@@ -33,11 +38,14 @@ def plan_from(words: list[str], *, description: str | None) -> None:
     """
     parser = _parser(description)
     options, settings = parser.parse_known_args(words)
+    if options.json and not options.json.parent.is_dir():
+        raise ConfigError(f"--json {options.json}: {options.json.parent} is no folder. Make it, or name another.")
     command = parse_command_line([*settings, "--dry_run"])  # which asks for no text
     plan = make_plan(command, options)
     print(_as_text(plan))
     if options.json:
-        write_durably(options.json, json.dumps(plan, indent=2) + "\n")
+        with writing(options.json, ConfigError, "Name another file."):
+            write_durably(options.json, json.dumps(plan, indent=2) + "\n")
 
 
 def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +77,8 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
         )
     asked = config.optim.micro_batch
     micro_batch = most if asked == "auto" else asked
-    rate = _measured_rate(command) if options.calibrate else None
+    accumulation = accumulation_steps(replace(config.optim, micro_batch=micro_batch), machine.gpus)
+    rate, measured_on = _measured_rate(command) if options.calibrate else (None, "")
     parts = memory(config, sizes, machine, micro_batch=micro_batch, width=width)
     one = step(config, sizes, machine, micro_batch=micro_batch, width=width, token_rate=rate)
     hours = one.seconds * config.train.steps / 3600
@@ -81,9 +90,9 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
         "flop_per_token": flop_per_token(config, sizes),
         "micro_batch": micro_batch,
         "largest_micro_batch": most,
-        "accumulation": -(-config.optim.global_batch // (micro_batch * machine.gpus)),
+        "accumulation": accumulation,
         "memory_bytes": parts.parts | {"total": parts.total, "of a device": machine.memory},
-        "fits": micro_batch <= most,
+        "fits": parts.total <= room(machine),
         "step_seconds": one.seconds,
         "communication_seconds": one.communication,
         "communication_share": (one.seconds - one.computing) / one.seconds,
@@ -92,14 +101,18 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
         "hours": hours,
         "device_hours": hours * machine.gpus,
         "checkpoint_bytes": disk,
-        "disk_bytes": disk * (config.train.keep_checkpoints + 1),
+        # One more while the next is saved, and the exported student in fp32.
+        "disk_bytes": disk * (config.train.keep_checkpoints + 1) + 4.0 * sizes.student.parameters,
         "assumptions": {
             "gpus": f"{machine.gpus} x {gpu.name}, {machine.gpus_per_node} a node",
             "rate of one device": (
-                f"{rate:,.0f} tokens/s, measured here"
+                f"{rate:,.0f} tokens/s, measured here on {measured_on}"
                 if rate
-                else f"{machine.efficiency:.0%} of {machine.flops / 1e12:,.0f} TFLOP/s, the half-precision peak"
+                else f"{machine.efficiency:.0%} of {machine.flops / 1e12:,.0f} TFLOP/s, "
+                + ("the half-precision peak" if width == 2 else "half of the half-precision peak")
             ),
+            "memory kept free": f"{RESERVED:.0%} of a device's",
+            "time": "steps alone; evaluations and checkpoints come on top",
             "link inside a node": f"{machine.link / 1e9:,.0f} GB/s a device and direction",
             "link between nodes": f"{machine.node_link / 1e9:,.0f} GB/s a node and direction",
             "overlap": "gradients are reduced in every micro-batch, beside the backward pass; what is longer shows",
@@ -107,15 +120,15 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
     }
 
 
-def _measured_rate(command: CommandLine) -> float:
-    """Tokens/s of one device in a few real steps on this machine."""
-    from dataclasses import replace
+def _measured_rate(command: CommandLine) -> tuple[float, str]:
+    """Tokens/s of one device in a few real steps on this machine, and what the device is."""
+    from distilcb.train.dry_run import measure_steps
 
-    from distilcb.train.dry_run import dry_run
-
-    with tempfile.TemporaryDirectory() as folder:
-        report = dry_run(replace(command, run_dir=Path(folder) / "calibration"))
-    return float(report["tokens_per_second"]) / int(report["world_size"])
+    report = measure_steps(command)
+    device = str(report["device"])
+    if device == "cpu":
+        log.warning("measured on a CPU: the hours below are those of so many CPUs like this one")
+    return float(report["tokens_per_second"]) / int(report["world_size"]), device
 
 
 def _precision(config: Config) -> str:
@@ -125,10 +138,13 @@ def _precision(config: Config) -> str:
 
 def _parser(description: str | None) -> Parser:
     parser = Parser(
-        description=description, allow_abbrev=False, epilog="Every setting of a recipe can be given as well."
+        description=description,
+        allow_abbrev=False,
+        epilog="Every setting of a recipe can be given as well: launch/train.py --help lists them.",
     )
     parser.add_argument("--gpus", type=number(1, 100_000), required=True, help="devices in all")
-    parser.add_argument("--gpu", choices=sorted(name.lower() for name in GPUS), required=True, type=str.lower)
+    names = sorted(name.lower() for name in GPUS)
+    parser.add_argument("--gpu", choices=names, required=True, type=str.lower, help="what kind of device")
     parser.add_argument("--gpus_per_node", type=number(1, 64), default=4, help="devices a node (default: 4)")
     parser.add_argument(
         "--memory_gb", type=number(1, 10_000, kind=float), help="of a device (default: its data sheet's)"

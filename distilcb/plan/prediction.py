@@ -8,7 +8,7 @@ from distilcb.monitor.metrics import flops_per_token
 from distilcb.plan.sizes import ModelSizes, Sizes
 
 # Of the memory of a GPU, for the CUDA context, NCCL and what fragments.
-_RESERVED = 0.08
+RESERVED = 0.08
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,18 @@ def activation_bytes(model: ModelSizes, width: int, device_type: str, config: Co
     return embeddings + shape.layers * layer
 
 
+def room(machine: Machine) -> float:
+    """Bytes of a device that a run may take."""
+    return machine.memory * (1 - RESERVED)
+
+
 def largest_micro_batch(config: Config, sizes: Sizes, machine: Machine, *, width: int) -> int:
     """The most sequences a pass that cut a device's share of the batch evenly and fit; 0: not one fits."""
     share = config.optim.global_batch // machine.gpus
-    room = machine.memory * (1 - _RESERVED)
     fitting = [
         size
         for size in range(1, share + 1)
-        if share % size == 0 and memory(config, sizes, machine, micro_batch=size, width=width).total <= room
+        if share % size == 0 and memory(config, sizes, machine, micro_batch=size, width=width).total <= room(machine)
     ]
     return max(fitting, default=0)
 
@@ -148,13 +152,12 @@ def bytes_per_step(sizes: Sizes, machine: Machine, *, width: int, micro_batches:
 def flop_per_token(config: Config, sizes: Sizes) -> float:
     """Floating-point operations of one training token."""
     soft, head = _head_rows(config, 1_000_000)
-    return flops_per_token(
-        sizes.student.shape,
-        sizes.teacher.shape if sizes.teacher else None,
-        seq_len=config.data.seq_len,
-        soft_share=soft / 1e6,
-        head_share=head / 1e6,
-    )
+    teacher, seq_len = sizes.teacher.shape if sizes.teacher else None, config.data.seq_len
+    total = flops_per_token(sizes.student.shape, teacher, seq_len=seq_len, soft_share=soft / 1e6, head_share=head / 1e6)
+    if config.train.activation_checkpointing:  # the layers' forward pass once more, a third of what they take
+        layers = flops_per_token(sizes.student.shape, None, seq_len=seq_len, soft_share=0, head_share=0)
+        total += layers / 3
+    return total
 
 
 def checkpoint_bytes(sizes: Sizes, *, width: int) -> float:

@@ -33,12 +33,20 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
     Raises:
         ConfigError: more than the GPU's memory holds.
     """
+    report = measure_steps(command)
+    path = command.run_dir.with_name(f"{command.run_dir.name}.dry_run.json")
+    on_main(lambda: _tell(report, path))
+    return report
+
+
+def measure_steps(command: CommandLine) -> dict[str, Any]:
+    """What the run's steps cost, by a few short ones; ConfigError where they are more than the GPU's memory holds."""
     config = command.config
     place = take_place(command, reads_only=True)
     models = build_models(config, place)
     config = settle_micro_batch(command, place, models, kept=None).config
     try:
-        report = _measure(config, place, models)
+        return _measure(config, place, models)
     except torch.cuda.OutOfMemoryError as error:
         size = config.optim.sequences_a_pass
         less = f"--optim.micro_batch {size // 2}" if size > 1 else "a smaller data.seq_len, or a larger GPU"
@@ -46,9 +54,6 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
             f"optim.micro_batch={size} sequences of {config.data.seq_len} tokens: the GPU's memory does not hold them, "
             f"or somebody else uses it. Try {less}."
         ) from error
-    path = command.run_dir.with_name(f"{command.run_dir.name}.dry_run.json")
-    on_main(lambda: _tell(report, path))
-    return report
 
 
 def _measure(config: Config, place: Place, models: Models) -> dict[str, Any]:
@@ -68,6 +73,7 @@ def _measure(config: Config, place: Place, models: Models) -> dict[str, Any]:
     hours = seconds_per_step * config.train.steps / 3600
     return {
         "world_size": place.world.size,
+        "device": torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else place.device.type,
         "precision": place.precision,
         "micro_batch": config.optim.sequences_a_pass,
         "accumulation": accumulation,

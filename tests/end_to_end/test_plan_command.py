@@ -43,6 +43,7 @@ def test_a_calibrated_plan_tells_a_runs_rate_within_15_per_cent(commands, tmp_pa
         asked = ["--gpus", "1", "--gpu", "h100", "--calibrate", "--json", path]
         planned = commands.python("plan", *asked, *settings)
         assert planned.returncode == 0, planned.stderr
+        assert "measured on a CPU: the hours below are those of so many CPUs like this one" in planned.stderr
         run_dir = tmp_path / f"run_{number}"
         ended = commands.python("train", "--run_dir", run_dir, *settings)
         assert ended.returncode == 0, ended.stderr

@@ -1,16 +1,21 @@
-"""What only a CUDA device can show: fp16 under DeepSpeed's dynamic loss scaling, and the head's products there."""
+"""What only a CUDA device can show: fp16, the head and fused Adam there, memory, and going on after a kill."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import yaml
+from transformers import CamembertConfig, CamembertForMaskedLM
 
-from distilcb.config import REPOSITORY
+from distilcb.config import REPOSITORY, OptimConfig
+from distilcb.engine.optimizer import build_optimizer
 from distilcb.losses import reference
 from distilcb.losses.head import HeadCoefficients, streamed_head
+from distilcb.machine import find_compiler
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,12 +73,72 @@ def test_fp16_run_overflows_recovers_and_follows_the_fp32_run(tmp_path):
     assert fp16[-1]["loss"] < fp16[0]["loss"]
 
 
-def _train(run_dir, deepspeed_file):
-    words = ["--run_dir", run_dir, "--deepspeed", deepspeed_file, "--train.steps", "40", "--train.log_every", "1"]
-    command = [sys.executable, str(REPOSITORY / "launch" / "train.py"), *map(str, words)]
-    subprocess.run(command, check=True, timeout=600, cwd=REPOSITORY)
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "loss" in record]
+@pytest.mark.launch
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
+    """To fp16's rounding: a GPU's kernels may add up in another order each time."""
+    settings = REPOSITORY / "ds_configs" / "zero2_fp16.json"
+    whole = _train(tmp_path / "whole", settings)
+    command = _command(tmp_path / "killed", settings, "--train.save_every", "5")
+    with subprocess.Popen(command, cwd=REPOSITORY) as process:
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline and len(_losses(tmp_path / "killed")) < 12:
+            time.sleep(0.01)
+        process.kill()
+    assert not (tmp_path / "killed" / "DONE").exists()
+    resumed = _train(tmp_path / "killed", settings, "--train.save_every", "5")
+    assert [each["step"] for each in resumed] == [each["step"] for each in whole]
+    assert [each["loss"] for each in resumed] == pytest.approx([each["loss"] for each in whole], rel=2e-2)
+
+
+def _train(run_dir, deepspeed_file, *words):
+    subprocess.run(_command(run_dir, deepspeed_file, *words), check=True, timeout=600, cwd=REPOSITORY)
+    return _losses(run_dir)
+
+
+def _command(run_dir, deepspeed_file, *words):
+    words = ["--run_dir", run_dir, "--deepspeed", deepspeed_file, "--train.log_every", "1", *words]
+    return [sys.executable, str(REPOSITORY / "launch" / "train.py"), "--train.steps", "40", *map(str, words)]
+
+
+def _losses(run_dir):
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [record for record in map(json.loads, filter(lambda line: line.endswith("\n"), lines)) if "loss" in record]
+
+
+def test_deepspeeds_fused_adam_takes_torchs_steps():
+    if find_compiler() is None:
+        pytest.skip("needs nvcc, to compile DeepSpeed's fused Adam")
+    stepped = []
+    for name in ("adamw", "adamw_torch"):
+        torch.manual_seed(0)
+        module = torch.nn.Linear(300, 200).cuda()
+        optimizer = build_optimizer(module, OptimConfig(name=name, weight_decay=0.01))
+        for _ in range(5):
+            for weight in module.parameters():
+                weight.grad = torch.randn_like(weight)
+            optimizer.step()
+        stepped.append(module.weight.detach())
+    torch.testing.assert_close(*stepped, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.launch
+def test_the_plan_tells_the_memory_of_a_step_within_15_per_cent(tmp_path):
+    """At camembert-base's size, on random weights."""
+    sizes = {"vocab_size": 32_005, "max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
+    CamembertForMaskedLM(CamembertConfig(**sizes)).save_pretrained(tmp_path / "teacher")
+    for path in (REPOSITORY / "recipes" / "mini" / "teacher").iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            shutil.copy(path, tmp_path / "teacher")
+    recipe = ["--recipe", REPOSITORY / "recipes" / "distilcamembert.yaml", "--teacher.model", tmp_path / "teacher"]
+    words = [*recipe, "--deepspeed", "zero2_fp16", "--optim.global_batch", "64", "--optim.micro_batch", "16"]
+    plan = ["plan", *words, "--gpus", "1", "--gpu", "h100", "--json", tmp_path / "plan.json"]
+    for program, *rest in (["train", *words, "--dry_run", "--run_dir", tmp_path / "run"], plan):
+        command = [sys.executable, str(REPOSITORY / "launch" / f"{program}.py"), *map(str, rest)]
+        subprocess.run(command, check=True, timeout=600, cwd=REPOSITORY)
+    measured = json.loads((tmp_path / "run.dry_run.json").read_text())["memory_bytes"]["peak"]
+    planned = json.loads((tmp_path / "plan.json").read_text())["memory_bytes"]["total"]
+    assert planned == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.launch

@@ -543,6 +543,11 @@ def test_sizes_that_do_not_divide_name_the_nearest_that_do():
     assert refused > 100
 
 
+def test_a_setting_of_several_types_names_them_once():
+    told = faults_of(lambda: validate({"optim": {"micro_batch": "automatic"}}))
+    assert told == "optim.micro_batch='automatic': needed int|auto"
+
+
 def test_a_batch_that_does_not_divide_names_first_the_micro_batch_that_fits():
     """A run that goes on may change it, and not the global batch."""
     told = faults_of(lambda: accumulation_steps(OptimConfig(global_batch=24, micro_batch=8), 2))

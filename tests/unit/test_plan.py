@@ -138,6 +138,12 @@ def test_a_micro_batch_that_does_not_fit_is_said_with_the_one_that_does(capsys):
         (["--gpus", "8", "--gpu", "h100", "--memory_gb", "1"], "one sequence of 512 tokens needs .* 1 GB"),
         (["--gpus", "8", "--gpu", "h100", "--efficiency", "2"], "--efficiency.*from 0.01 to 1"),
         (["--gpus", "8", "--gpu", "b300"], "--gpu"),
+        (
+            ["--gpus", "256", "--gpu", "h200"],
+            "256 rank.s. x optim.micro_batch=32 make 8192 a pass.*--optim.micro_batch 16",
+        ),
+        (["--gpus", "32", "--gpu", "h200", "--optim.micro_batch", "24"], "make 768 a pass, and 4096 is not a multiple"),
+        (["--gpus", "8", "--gpu", "h100", "--json", "no/folder/x.json"], "no/folder is no folder"),
         (["--gpus", "8", "--gpu", "h100", "--optim.lr", "-1"], "optim.lr"),
         (["--gpus", "8", "--gpu", "h100", "--student.init", "some/folder"], "student.init some/folder"),
     ],
@@ -145,6 +151,14 @@ def test_a_micro_batch_that_does_not_fit_is_said_with_the_one_that_does(capsys):
 def test_mistakes_are_told(words, told):
     with pytest.raises(ConfigError, match=told):
         plan_from([*RECIPE[:2], *words], description=None)
+
+
+def test_computing_activations_again_costs_a_third_of_the_students_layers(sizes):
+    plain = prediction.flop_per_token(config(), sizes)
+    again = prediction.flop_per_token(config("--train.activation_checkpointing", "true"), sizes)
+    shape = sizes.student.shape
+    forward = 2 * shape.layer_parameters + 4 * shape.layers * config().data.seq_len * shape.hidden
+    assert again - plain == pytest.approx(forward)
 
 
 def test_a_teacher_that_cannot_be_had_is_an_error(monkeypatch):

@@ -223,6 +223,8 @@ def test_text_that_fills_no_block_is_refused_and_says_how_much_there_was(tmp_pat
     text = write_lines(tmp_path / "a.txt", ["10 11 12", "13 14"])
     with pytest.raises(DataError, match="2 documents with 5 tokens fill no block of 32 tokens"):
         prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=32)
+    with pytest.raises(DataError, match=r"smaller seq_len\. 1 documents are shorter than min_characters"):
+        prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=32, min_characters=6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt"]
 
 
