@@ -28,12 +28,14 @@ from distilcb.config import DEFAULT_RECIPE, REPOSITORY, Config
 from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import Batch, training_batches
 from distilcb.data.tokenizer import TextTokenizer
+from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.losses.triplet import coefficients
 from distilcb.models.families import Family
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.monitor.metrics import ModelShape, flops_per_token
-from distilcb.train.build import DTYPES, Models, Place, take_place, wire_stepper
+from distilcb.train.build import Place, take_place, wire_stepper
+from distilcb.train.models import Models
 
 MINI_TEXT = DEFAULT_RECIPE.parent / "mini" / "text" / "train"
 # Sizes of almanach/camembert-base and of the shipped teacher.

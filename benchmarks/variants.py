@@ -19,9 +19,11 @@ from step import Case, Ours, cases, random_models, recipe_words
 from distilcb import distributed
 from distilcb.command_line import parse_command_line
 from distilcb.config import Config
+from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.optimizer import learning_rate
 from distilcb.models.teacher import Teacher
-from distilcb.train.build import DTYPES, Models, Place, compile_layers, take_place
+from distilcb.train.build import Place, take_place
+from distilcb.train.models import Models, compile_layers
 
 
 def main(words: list[str]) -> None:
