@@ -14,6 +14,7 @@ from distilcb.data.tokenizer import TextTokenizer
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.errors import ConfigError, ModelError
 from distilcb.machine import uses_cuda
+from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.families import Family
 from distilcb.models.loading import hash_weights, load_masked_lm
 from distilcb.models.student import build_student
@@ -63,6 +64,8 @@ def build_models(config: Config, place: Place) -> Models:
         teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
     if config.train.compile:
         compile_layers(models)
+    elif place.device.type == "cpu":
+        use_cpu_dropout(student)
     return models
 
 
