@@ -31,7 +31,8 @@ from distilcb.data.masking import Masking
 from distilcb.data.order import Order
 from distilcb.data.prepare import prepare
 from distilcb.data.tokenizer import TextTokenizer
-from distilcb.train.build import build_models, take_place, wire_stepper
+from distilcb.train.build import take_place, wire_stepper
+from distilcb.train.models import build_models
 
 MICRO_BATCH = 32
 

@@ -28,12 +28,15 @@ from distilcb.config import DEFAULT_RECIPE, REPOSITORY, Config
 from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import Batch, training_batches
 from distilcb.data.tokenizer import TextTokenizer
+from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.losses.triplet import coefficients
+from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.families import Family
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.monitor.metrics import ModelShape, flops_per_token
-from distilcb.train.build import DTYPES, Models, Place, take_place, wire_stepper
+from distilcb.train.build import Place, take_place, wire_stepper
+from distilcb.train.models import Models
 
 MINI_TEXT = DEFAULT_RECIPE.parent / "mini" / "text" / "train"
 # Sizes of almanach/camembert-base and of the shipped teacher.
@@ -219,6 +222,8 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
     }
     if half != torch.float32:
         found[f"original loop, {place.precision}"] = Contender(_turn(original(half), full, case))
+    if device.type == "cpu":  # as train/models.py does; the original loops have copies of their own
+        use_cpu_dropout(student)
     ours = Ours(case, config, place, Models(Teacher(teacher.to(device, half)), student, family, tokenizer))
     found["ours"] = Contender(ours.step)
     found["ours, KL on masked"] = Contender(lambda: ours.step(kl_positions="masked"), masked_only=True)

@@ -19,9 +19,12 @@ from step import Case, Ours, cases, random_models, recipe_words
 from distilcb import distributed
 from distilcb.command_line import parse_command_line
 from distilcb.config import Config
+from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.optimizer import learning_rate
+from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.teacher import Teacher
-from distilcb.train.build import DTYPES, Models, Place, compile_layers, take_place
+from distilcb.train.build import Place, take_place
+from distilcb.train.models import Models, compile_layers
 
 
 def main(words: list[str]) -> None:
@@ -65,18 +68,21 @@ def measure(case: Case, config: Config, place: Place, rounds: int, figures: dict
     teacher, student, family, tokenizer = random_models(case, config)
     teacher.to(place.device, DTYPES[place.precision])
 
-    def models() -> Models:
-        return Models(Teacher(copy.deepcopy(teacher)), copy.deepcopy(student), family, tokenizer)
+    def models(*, compiled: bool = False) -> Models:
+        made = Models(Teacher(copy.deepcopy(teacher)), copy.deepcopy(student), family, tokenizer)
+        if compiled:
+            compile_layers(made)
+        elif place.device.type == "cpu":
+            use_cpu_dropout(made.student)
+        return made
 
-    compiled = models()
-    compile_layers(compiled)
     zero = place.settings["zero_optimization"]
     other_way = replace(
         place, settings=place.settings | {"zero_optimization": zero | {"overlap_comm": not zero.get("overlap_comm")}}
     )
     variants = {
         "as it is": Ours(case, config, place, models()),
-        "train.compile": Ours(case, config, place, compiled),
+        "train.compile": Ours(case, config, place, models(compiled=True)),
         f"overlap_comm: {str(not zero.get('overlap_comm')).lower()}": Ours(case, config, other_way, models()),
         "coalesced gradients": Coalesced(case, config, place, models()),
     }

@@ -86,12 +86,14 @@ def activation_bytes(model: ModelSizes, width: int, device_type: str, config: Co
 
     Of each layer with a fused attention: its input, q, k, v and the attention's output, what the two layer norms are
     given, the first one's output, and both sides of the activation: 8 hidden and 2 intermediate; the attention's
-    log-sum-exp and the norms' statistics; the masks of two dropouts, a byte a number on CUDA.
-    tests/unit/test_plan.py counts them.
+    log-sum-exp and the norms' statistics; the masks of two dropouts, a byte a number on CUDA. On a CPU the weights of an
+    attention with dropout (models/cpu_dropout.py). tests/unit/test_plan.py counts them.
     """
     shape = model.shape
     mask = (1 if device_type == "cuda" else width) if model.dropout else 0
-    layer = width * (8 * shape.hidden + 2 * shape.intermediate) + 4 * model.heads + 4 * width + 2 * mask * shape.hidden
+    weights = width * config.data.seq_len if model.dropout and device_type == "cpu" else 4  # or the log-sum-exp
+    attention = model.heads * weights
+    layer = width * (8 * shape.hidden + 2 * shape.intermediate) + attention + 4 * width + 2 * mask * shape.hidden
     embeddings = (width + mask) * shape.hidden + 24
     if config.train.activation_checkpointing:  # every layer's input, and all of the one that is computed again
         return embeddings + shape.layers * width * shape.hidden + layer

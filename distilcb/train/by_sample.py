@@ -15,7 +15,7 @@ from distilcb.distributed import all_reduce_sum
 from distilcb.engine.step_module import StepModule
 from distilcb.engine.stepper import Stepper
 from distilcb.losses.triplet import TERMS, Counts, divisors
-from distilcb.train.build import Models
+from distilcb.train.models import Models
 from distilcb.watchdog import Place, at
 
 

@@ -17,8 +17,9 @@ from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import ConfigError
 from distilcb.losses.triplet import TERMS, active_terms, divisors
 from distilcb.monitor.metrics import peak_memory_bytes
-from distilcb.train.build import Models, Place, build_models, take_place, wire_stepper
+from distilcb.train.build import Place, take_place, wire_stepper
 from distilcb.train.micro_batch import settle_micro_batch
+from distilcb.train.models import Models, build_models
 
 # Micro-batches a rank in each step: one to warm up, then two of different length, whose difference tells what the
 # micro-batches take and what the optimizer.

@@ -30,7 +30,8 @@ from distilcb.errors import ConfigError
 from distilcb.losses.triplet import Coefficients
 
 if TYPE_CHECKING:
-    from distilcb.train.build import Models, Place
+    from distilcb.train.build import Place
+    from distilcb.train.models import Models
 
 log = logging.getLogger(__name__)
 

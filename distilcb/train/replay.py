@@ -26,9 +26,10 @@ from distilcb.errors import CheckpointError, ConfigError, ReplayError, TrainingE
 from distilcb.losses.triplet import TERMS, active_terms
 from distilcb.monitor.metrics import Window
 from distilcb.monitor.writers import METRICS, logged_steps
-from distilcb.train.build import Progress, Run, build_models, open_blocks, take_place, watched, wire_stepper
+from distilcb.train.build import Progress, Run, open_blocks, take_place, watched, wire_stepper
 from distilcb.train.by_sample import BySample, figures_by_sample, spare_module, take_weights
 from distilcb.train.loop import loss_scale, training_record
+from distilcb.train.models import build_models
 from distilcb.train.replay_report import Comparison, ReplayReport, describe_samples
 from distilcb.train.run_folder import RunFolder, find_run, surroundings
 

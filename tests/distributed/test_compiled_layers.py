@@ -14,7 +14,7 @@ from distilcb.data.masking import Masking
 from distilcb.errors import ConfigError
 from distilcb.eval.fill_mask import fill_masks
 from distilcb.eval.masked_lm import evaluate
-from distilcb.train.build import check_compiler
+from distilcb.train.models import check_compiler
 
 pytestmark = pytest.mark.launch
 

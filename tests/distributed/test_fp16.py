@@ -13,8 +13,8 @@ import pytest
 import tiny
 
 from distilcb.engine.checkpoint import Checkpoints
+from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.errors import TrainingError
-from distilcb.train.build import DTYPES
 
 pytestmark = pytest.mark.launch
 

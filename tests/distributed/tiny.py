@@ -20,11 +20,13 @@ from distilcb.data.masking import Masking
 from distilcb.data.order import Order
 from distilcb.data.tokenizer import Vocabulary
 from distilcb.engine import deepspeed_config
+from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.stepper import Stepper, StepResult
 from distilcb.losses.triplet import Counts
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
-from distilcb.train.build import DTYPES, Models, Place, compile_layers, wire_stepper
+from distilcb.train.build import Place, wire_stepper
+from distilcb.train.models import Models, compile_layers
 
 VOCAB_SIZE, HIDDEN_SIZE, SEQ_LEN, TEACHER_LAYERS = 307, 32, 16, 4
 PAD, BOS, EOS, MASK = 1, 5, 6, VOCAB_SIZE - 1

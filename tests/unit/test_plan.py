@@ -10,6 +10,7 @@ from distilcb.command_line import parse_command_line
 from distilcb.config import REPOSITORY
 from distilcb.errors import ConfigError, ModelError
 from distilcb.monitor.metrics import shape_of
+from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.plan import prediction
 from distilcb.plan.command import plan_from
 from distilcb.plan.prediction import Machine, Step, activation_bytes, largest_micro_batch, memory
@@ -65,18 +66,19 @@ def test_activations_are_those_that_the_models_keep(layers, dropout, checkpointi
         max_position_embeddings=130,
         pad_token_id=1,
         hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=0.0,  # on a CPU attention with dropout is not fused, as it is on CUDA
+        attention_probs_dropout_prob=dropout,
     )
     model = CamembertForMaskedLM(made).to(torch.bfloat16).train()
+    use_cpu_dropout(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     found = kept_bytes(model, torch.randint(7, 300, (4, 128)))
 
     def planned(layers, checkpointing):
-        sizes = ModelSizes(
-            replace(shape_of(made, feed_forward_size=made.intermediate_size), layers=layers), 0, 0, 4, dropout
-        )
-        return activation_bytes(sizes, 2, "cpu", config("--train.activation_checkpointing", str(checkpointing).lower()))
+        shape = replace(shape_of(made, feed_forward_size=made.intermediate_size), layers=layers)
+        sizes = ModelSizes(shape, 0, 0, 4, dropout)
+        settings = ("--data.seq_len", "128", "--train.activation_checkpointing", str(checkpointing).lower())
+        return activation_bytes(sizes, 2, "cpu", config(*settings))
 
     expected = planned(layers, checkpointing)
     if checkpointing:  # less the layer that is computed again, which comes later

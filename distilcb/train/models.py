@@ -1,0 +1,133 @@
+"""Teacher, student and tokenizer of a run: built, checked against each other, and compiled where that is asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from distilcb.config import Config
+from distilcb.data.tokenizer import TextTokenizer
+from distilcb.engine.deepspeed_config import DTYPES
+from distilcb.errors import ConfigError, ModelError
+from distilcb.machine import uses_cuda
+from distilcb.models.cpu_dropout import use_cpu_dropout
+from distilcb.models.families import Family
+from distilcb.models.loading import hash_weights, load_masked_lm
+from distilcb.models.student import build_student
+from distilcb.models.teacher import Teacher
+
+if TYPE_CHECKING:
+    from distilcb.train.build import Place
+
+
+@dataclass(frozen=True)
+class Models:
+    """Teacher (on its device), student (fp32, still on the CPU) and the tokenizer that both understand."""
+
+    teacher: Teacher | None
+    student: Any
+    family: Family
+    tokenizer: TextTokenizer
+    teacher_hash: str | None = None
+
+
+def build_models(config: Config, place: Place) -> Models:
+    """Load the teacher and build the student.
+
+    Raises:
+        ConfigError, ModelError: whatever does not fit together.
+    """
+    if config.train.compile:
+        check_compiler()
+    teacher = None
+    if config.teacher.model is not None:
+        pickle = config.teacher.allow_pickle
+        # In fp32 at first: the student's master weights are copied from it.
+        teacher = Teacher(load_masked_lm(config.teacher.model, dtype=torch.float32, allow_pickle=pickle))
+    tokenizer = TextTokenizer(config.data.tokenizer or config.teacher.model or config.student.init)
+    student, family = build_student(
+        config.student,
+        teacher=teacher.model if teacher else None,
+        vocab_size=tokenizer.vocabulary.size,
+        seed=config.train.seed,
+    )
+    if config.train.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    models = Models(teacher, student, family, tokenizer)
+    _check_models(config, models)
+    if teacher is not None:
+        models = replace(models, teacher_hash=hash_weights(teacher.model))
+        teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
+    if config.train.compile:
+        compile_layers(models)
+    elif place.device.type == "cpu":
+        use_cpu_dropout(student)
+    return models
+
+
+def check_compiler() -> None:
+    """Raise ConfigError where torch.compile would find no compiler: Triton takes a C one, a CPU a C++ one."""
+    variable, usual = ("CC", ("gcc", "clang")) if uses_cuda() else ("CXX", ("g++",))
+    if not any(map(shutil.which, [os.environ[variable]] if variable in os.environ else usual)):
+        raise ConfigError(
+            f"train.compile: torch.compile needs a compiler: {' or '.join(usual)} in PATH, or its name in {variable} "
+            "(apt-get install g++, or module load gcc)."
+        )
+
+
+def compile_layers(models: Models) -> None:
+    """Have torch.compile take each transformer layer at its first call: one compilation serves all that are alike."""
+    teacher = [(models.teacher.model, models.teacher.family)] if models.teacher else []
+    for model, family in [*teacher, (models.student, models.family)]:
+        for layer in family.layers(model):
+            layer.compile(dynamic=False)  # every micro-batch has the same shape
+
+
+def _check_models(config: Config, built: Models) -> None:
+    """Raise ConfigError, with every fault, where the models, the tokenizer and the block length do not fit."""
+    teacher, student, tokenizer = built.teacher, built.student, built.tokenizer
+    faults = []
+    models = [("student", student, built.family)] + ([("teacher", teacher.model, teacher.family)] if teacher else [])
+    for name, model, its_family in models:
+        longest = its_family.max_seq_len(model.config)
+        if config.data.seq_len > longest:
+            faults.append(
+                f"data.seq_len={config.data.seq_len}: the {name} has positions for {longest} tokens. "
+                f"Use {longest} or less."
+            )
+        if model.config.vocab_size < tokenizer.vocabulary.size:
+            faults.append(
+                f"tokenizer {tokenizer.folder} has {tokenizer.vocabulary.size} tokens, the {name}'s vocabulary "
+                f"{model.config.vocab_size}: it is not this model's tokenizer. Leave data.tokenizer out."
+            )
+    if teacher is not None:
+        ours, theirs = student.config, teacher.model.config
+        if ours.vocab_size != theirs.vocab_size:
+            faults.append(f"student's vocab_size {ours.vocab_size}, teacher's {theirs.vocab_size}: they must be equal.")
+        if config.data.tokenizer and (other := _other_tokenizer(config, tokenizer)):
+            faults.append(other)
+        if ours.hidden_size != theirs.hidden_size and config.loss.cos:
+            faults.append(
+                f"student's hidden_size {ours.hidden_size}, teacher's {theirs.hidden_size}: loss.cos must be 0."
+            )
+    if faults:
+        raise ConfigError("\n  ".join(faults))
+
+
+def _other_tokenizer(config: Config, tokenizer: TextTokenizer) -> str | None:
+    """What is wrong where data.tokenizer is not the teacher's own; a teacher may come without one."""
+    assert config.teacher.model is not None
+    try:
+        own = TextTokenizer(config.teacher.model).vocabulary
+    except ModelError:
+        return None
+    if own.fingerprint == tokenizer.vocabulary.fingerprint:
+        return None
+    return (
+        f"data.tokenizer {tokenizer.folder} is not the tokenizer of teacher {config.teacher.model}: its words, ids or "
+        "special tokens differ, and the teacher would read another text. Leave data.tokenizer out."
+    )

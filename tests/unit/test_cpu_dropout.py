@@ -1,0 +1,183 @@
+"""The student's dropout on a CPU, beside torch's own products and the definition of dropout."""
+
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from distilcb.models.cpu_dropout import Dropout, attention, use_cpu_dropout
+
+SEQUENCES, HEADS, TOKENS, SIZE = 2, 3, 10, 4
+SCALING = SIZE**-0.5
+
+
+@pytest.fixture
+def triple():
+    """Query, key and value in float64, with a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (SEQUENCES, HEADS, TOKENS, SIZE)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
+
+
+def seeded_attention(query, key, value, *, dropout=0.25, seed=7):
+    torch.manual_seed(seed)
+    return attention(query, key, value, dropout=dropout, scaling=SCALING)
+
+
+def dropped_weights(query, key, **settings):
+    """The attention's weights after dropout: what it makes of values that tell tokens apart."""
+    tokens = torch.eye(query.shape[2], dtype=query.dtype).expand(*query.shape[:2], -1, -1)
+    return seeded_attention(query, key, tokens, **settings)
+
+
+class Operators(TorchDispatchMode):
+    """Collects the names of the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_without_dropout_it_is_torchs_attention(triple):
+    ours = attention(*triple, dropout=0.0, scaling=SCALING)
+    torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(*triple))
+
+
+def test_a_weight_is_dropped_or_scaled_for_those_that_are(triple):
+    query, key, _ = triple
+    found = dropped_weights(query, key, dropout=0.25)
+    whole = torch.softmax(query @ key.transpose(-1, -2) * SCALING, -1) / 0.75
+    kept = found != 0
+    assert 0.15 < 1 - kept.double().mean() < 0.35
+    torch.testing.assert_close(found, torch.where(kept, whole, 0.0))
+
+
+def test_gradients_are_those_of_the_same_weights_in_plain_torch(triple):
+    query, key, value = triple
+    kept = (dropped_weights(query, key) != 0).double() / 0.75
+    plain = (torch.softmax(query @ key.transpose(-1, -2) * SCALING, -1) * kept) @ value
+    upstream = torch.randn(plain.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    expected = torch.autograd.grad(plain, triple, upstream)
+    found = torch.autograd.grad(seeded_attention(query, key, value), triple, upstream)
+    torch.testing.assert_close(found, expected)
+
+
+def test_gradients_are_those_of_finite_differences(triple):
+    assert torch.autograd.gradcheck(seeded_attention, triple)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_precision_drops_the_same_weights(triple, dtype):
+    query, key, _ = triple
+    exact = dropped_weights(query, key)
+    found = dropped_weights(query.detach().to(dtype), key.detach().to(dtype))
+    assert torch.equal(found != 0, exact != 0)
+    torch.testing.assert_close(found.double(), exact.detach(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_gradients_in_every_precision_follow_those_in_float64(triple, dtype):
+    upstream = torch.randn(triple[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    exact = torch.autograd.grad(seeded_attention(*triple), triple, upstream)
+    low = [each.detach().to(dtype).requires_grad_() for each in triple]
+    found = torch.autograd.grad(seeded_attention(*low), low, upstream.to(dtype))
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=5e-2)
+
+
+@pytest.mark.parametrize("dropout", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_hidden_states_are_dropped_as_often_as_asked_and_keep_their_mean(dropout, dtype):
+    torch.manual_seed(1)
+    numbers = 400_001  # no multiple of the four that 64 bits serve
+    found = Dropout(dropout)(torch.ones(numbers, dtype=dtype)).double()
+    dropped = (found == 0).double().mean().item()
+    error = 5 * math.sqrt(dropout * (1 - dropout) / numbers)
+    assert abs(dropped - dropout) < error + 2**-16
+    assert found.max().item() == pytest.approx(1 / (1 - dropout), rel=5e-3)
+    assert found.mean().item() == pytest.approx(1, abs=5e-3 + error / (1 - dropout))
+
+
+def test_which_of_four_neighbours_is_dropped_says_nothing_about_the_others():
+    torch.manual_seed(2)
+    kept = Dropout(0.5)(torch.ones(4 * 50_000)).view(-1, 4).sign()
+    correlation = torch.corrcoef(kept.T) - torch.eye(4)
+    assert correlation.abs().max() < 5 / math.sqrt(len(kept))
+
+
+def test_gradients_of_hidden_states_pass_where_they_were_kept():
+    torch.manual_seed(3)
+    hidden = torch.randn(50, 7, dtype=torch.float64, requires_grad=True)
+    dropped = Dropout(0.25)(hidden)
+    (gradient,) = torch.autograd.grad(dropped.sum(), hidden)
+    torch.testing.assert_close(gradient, torch.where(dropped != 0, 1 / 0.75, 0.0).double())
+    torch.testing.assert_close(dropped, hidden * gradient)
+
+
+@pytest.mark.parametrize("dropout", [1e-9, 1 - 1e-9])
+def test_a_dropout_near_0_or_1_stays_finite(dropout):
+    assert Dropout(dropout)(torch.ones(1000)).isfinite().all()
+
+
+def test_a_seed_gives_the_same_again_and_another_seed_something_else(triple):
+    first, again, other = (seeded_attention(*triple, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_only_the_weights_are_kept_for_the_backward_pass(triple):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda each: kept.append(each) or each, lambda each: each):
+        seeded_attention(*(each * 1 for each in triple))
+    squares = [each for each in kept if each.shape[-2:] == (TOKENS, TOKENS)]
+    assert len(squares) == 1
+
+
+@pytest.fixture
+def student(tiny_model):
+    """A model with dropout, and the same with ours."""
+    ours = tiny_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    use_cpu_dropout(ours)
+    return ours
+
+
+def test_a_model_trains_without_one_of_torchs_bernoulli_numbers(student, tiny_batch):
+    with Operators() as ran:
+        student.train()(input_ids=tiny_batch().input_ids).logits.sum().backward()
+    assert "random_" in ran.names
+    assert not {name for name in ran.names if "bernoulli" in name or "dropout" in name}
+
+
+def test_out_of_training_a_model_is_what_it_was(tiny_model, student, tiny_batch):
+    ids = tiny_batch().input_ids
+    plain = tiny_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    with torch.no_grad():
+        assert torch.equal(student.eval()(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert plain.state_dict().keys() == student.state_dict().keys()
+    assert plain.config.to_dict() == student.config.to_dict()
+
+
+@torch.no_grad()
+def test_padding_is_not_looked_at_in_training_either(student, tiny_batch):
+    ids = tiny_batch(blocks=1, length=16).input_ids
+    mask = torch.ones_like(ids)
+    mask[:, 10:] = 0
+    other = ids.clone()
+    other[:, 10:] = 7
+    student.train()
+    found = []
+    for each in (ids, other):
+        torch.manual_seed(4)
+        found.append(student(input_ids=each, attention_mask=mask).logits[:, :10])
+    assert torch.equal(*found)
+
+
+def test_an_exported_student_names_no_attention_of_ours(student, tmp_path):
+    student.save_pretrained(tmp_path)
+    assert "distilcb" not in (tmp_path / "config.json").read_text()
