@@ -117,7 +117,7 @@ class LossConfig:
     mlm: Weight = 0.2
     """weight of the masked words' cross-entropy"""
     clm: Weight = 0.0
-    """weight of the next word's cross-entropy (causal models; none is supported yet, so it must be 0)"""
+    """weight of the next word's cross-entropy, in mlm's place for causal models"""
     cos: Weight = 0.3
     """weight of 1 - cosine of last hidden states"""
     mse: Weight = 0.0
@@ -406,11 +406,11 @@ def _cross_faults(config: Config) -> list[str]:
     """Faults that lie between settings; each names the settings and the mend."""
     found = []
     loss, student, teacher, masking = config.loss, config.student, config.teacher, config.masking
-    if not any((loss.kl, loss.mlm, loss.cos, loss.mse)):
+    if not any((loss.kl, loss.mlm, loss.cos, loss.mse, loss.clm)):
         found.append("loss: every weight is 0, so there is nothing to learn. Give loss.mlm or loss.kl a weight.")
-    if loss.clm:
+    if loss.mlm and loss.clm:
         found.append(
-            f"loss.clm={loss.clm}: next-word prediction needs a causal model, and none is supported yet. Use 0."
+            f"loss.mlm={loss.mlm} and loss.clm={loss.clm}: a model predicts masked words or the next one. Set one to 0."
         )
     if teacher.model is None:
         needing = [name for name in ("kl", "cos", "mse") if getattr(loss, name)]

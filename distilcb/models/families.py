@@ -15,7 +15,16 @@ from distilcb.errors import ConfigError, ModelError
 
 
 class Family(ABC):
-    """How to reach the parts of one architecture's masked language model, teacher or student."""
+    """How to reach the parts of one architecture's language model with its head, teacher or student."""
+
+    causal = False
+    """whether it predicts the next token from those before; else masked ones from both sides"""
+
+    def model_class(self) -> Any:
+        """The class of transformers' that makes and reads its models."""
+        from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+        return AutoModelForCausalLM if self.causal else AutoModelForMaskedLM
 
     @abstractmethod
     def encode(self, model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -226,6 +235,42 @@ class DistilBert(Family):
             self.position_embeddings(target).weight.add_(segment)
 
 
+class Gpt2(Family):
+    """GPT-2: causal; the last layer norm's output counts as hidden states, and goes to the decoder as it is."""
+
+    causal = True
+
+    def encode(self, model: Any, input_ids: Tensor) -> Tensor:
+        return model.transformer(input_ids, use_cache=False).last_hidden_state
+
+    def head_features(self, model: Any, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def decoder(self, model: Any) -> tuple[Tensor, Tensor | None]:
+        return model.lm_head.weight, None
+
+    def layers(self, model: Any) -> nn.ModuleList:
+        return model.transformer.h
+
+    def beside_layers(self, model: Any) -> list[nn.Module]:
+        return [model.transformer.wte, model.transformer.wpe, model.transformer.ln_f, model.lm_head]
+
+    def position_embeddings(self, model: Any) -> nn.Embedding:
+        return model.transformer.wpe
+
+    def max_seq_len(self, config: Any) -> int:
+        return config.n_positions
+
+    def set_dropout(self, config: Any, dropout: float) -> None:
+        config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
+
+    def dropout(self, config: Any) -> float:
+        return max(config.resid_pdrop, config.embd_pdrop, config.attn_pdrop)
+
+    def feed_forward_size(self, config: Any) -> int:
+        return config.n_inner or 4 * config.n_embd
+
+
 _DISTILBERT_EPSILON = 1e-12
 
 # BERT's names of what is in a layer, and DistilBERT's.
@@ -247,6 +292,7 @@ FAMILIES: dict[str, Family] = {
     "xlm-roberta": Roberta(),
     "bert": Bert(),
     "distilbert": DistilBert(),
+    "gpt2": Gpt2(),
 }
 
 

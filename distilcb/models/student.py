@@ -8,11 +8,11 @@ from distilcb.config import StudentConfig
 from distilcb.errors import ConfigError
 from distilcb.models.families import FAMILIES, Family, family_of
 from distilcb.models.layer_copy import copy_weights, spread_layers
-from distilcb.models.loading import load_config, load_masked_lm
+from distilcb.models.loading import load_config, load_language_model
 
 
 def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: int, seed: int) -> tuple[Any, Family]:
-    """A masked language model in fp32, and its family.
+    """A language model in fp32, and its family.
 
     Args:
         student: what to build and from what.
@@ -37,7 +37,7 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
             f"student: vocab_size {config.vocab_size}, but the tokenizer has {vocab_size} tokens, so it is not "
             "this model's. Leave data.tokenizer out, or mend student.config."
         )
-    model = _random_model(config, seed)
+    model = _random_model(family, config, seed)
     if source is not None:
         source_family = family_of(source.config, where="student.init")
         if source_family is family:
@@ -62,7 +62,7 @@ def _source(student: StudentConfig, teacher: Any | None) -> Any | None:
         return None
     if student.init == "teacher":
         return teacher
-    return load_masked_lm(student.init, dtype=torch.float32)
+    return load_language_model(student.init, dtype=torch.float32)
 
 
 def _template(student: StudentConfig, teacher: Any | None, source: Any | None) -> Any:
@@ -100,9 +100,7 @@ def _refuse_other_shape(source: Any, config: Any) -> None:
         )
 
 
-def _random_model(config: Any, seed: int) -> Any:
-    from transformers import AutoModelForMaskedLM
-
+def _random_model(family: Family, config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+        return family.model_class().from_config(config, dtype=torch.float32)

@@ -69,7 +69,7 @@ def step_of_all_ranks(step, *, global_batch, micro_batch, world_size, **settings
 def restore(batch):
     """The blocks of a batch before they were masked."""
     tokens = batch.input_ids.clone().view(-1)
-    tokens[batch.masked_rows] = batch.labels
+    tokens[batch.labelled_rows] = batch.labels
     return tokens.view_as(batch.input_ids)
 
 
@@ -158,14 +158,14 @@ def test_masked_and_other_rows_together_are_all_rows_and_labels_stand_at_the_mas
     masking, rows = masker(whole_word=whole_word), np.array([7, 3, 50, 7, 99])
     batch = make_batch(masking, BLOCKS.read(rows), rows, np.array([0, 0, 1, 2, 3]))
     assert batch.input_ids.shape == (5, SEQ_LEN)
-    assert batch.labels.shape == batch.masked_rows.shape == (5 * masking.k,)
+    assert batch.labels.shape == batch.labelled_rows.shape == (5 * masking.k,)
     assert batch.other_rows.shape == (5 * (SEQ_LEN - masking.k),)
-    together = torch.cat([batch.masked_rows, batch.other_rows])
+    together = torch.cat([batch.labelled_rows, batch.other_rows])
     assert torch.equal(together.sort().values, torch.arange(5 * SEQ_LEN))
     flat = torch.from_numpy(BLOCKS.tokens[rows]).reshape(-1)
-    assert torch.equal(batch.labels, flat[batch.masked_rows])
+    assert torch.equal(batch.labels, flat[batch.labelled_rows])
     assert torch.equal(batch.input_ids.view(-1)[batch.other_rows], flat[batch.other_rows])
-    assert torch.equal(batch.masked_rows // SEQ_LEN, torch.arange(5).repeat_interleave(masking.k))
+    assert torch.equal(batch.labelled_rows // SEQ_LEN, torch.arange(5).repeat_interleave(masking.k))
     assert {getattr(batch, field.name).dtype for field in fields(batch)} == {torch.int64}
 
 

@@ -16,7 +16,7 @@ from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import evaluate
 from distilcb.losses import head
 from distilcb.models.families import family_of
-from distilcb.models.loading import load_masked_lm
+from distilcb.models.loading import load_language_model
 from distilcb.models.teacher import Teacher
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def masked_log_probs(model, batches, number):
     """(words, vocab) in float64, and the words, of one masking, from the transformers model's full logits."""
     rows, labels = [], []
     for batch in batches.masking_number(number):
-        rows.append(model(batch.input_ids).logits.flatten(0, 1)[batch.masked_rows])
+        rows.append(model(batch.input_ids).logits.flatten(0, 1)[batch.labelled_rows])
         labels.append(batch.labels)
     return torch.cat(rows).double().log_softmax(-1), torch.cat(labels)
 
@@ -228,7 +228,7 @@ SENTENCES = (
 @pytest.fixture(scope="module")
 def mini(mini_teacher):
     """The shipped teacher in fp32, its family and its tokenizer."""
-    model = load_masked_lm(mini_teacher, dtype=torch.float32)
+    model = load_language_model(mini_teacher, dtype=torch.float32)
     return model, family_of(model.config, where="mini"), load_tokenizer(mini_teacher)
 
 

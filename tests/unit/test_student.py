@@ -31,7 +31,7 @@ def equal_layers(student, source, layers):
 
 def learn_something(model, batch):
     """Gradients of the masked words' loss."""
-    logits = model(batch.input_ids).logits.flatten(0, 1)[batch.masked_rows]
+    logits = model(batch.input_ids).logits.flatten(0, 1)[batch.labelled_rows]
     torch.nn.functional.cross_entropy(logits, batch.labels).backward()
 
 
