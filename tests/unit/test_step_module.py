@@ -13,7 +13,7 @@ from distilcb.models.families import family_of
 from distilcb.models.teacher import Teacher
 
 BLOCKS, LENGTH, MASKED = 3, 16, 4
-COUNTS = Counts(attended=BLOCKS * LENGTH, masked=BLOCKS * MASKED)
+COUNTS = Counts(attended=BLOCKS * LENGTH, labelled=BLOCKS * MASKED)
 
 LOSSES = {
     "published": LossConfig(),
