@@ -5,12 +5,14 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig
 
 from distilcb.errors import ModelError
 from distilcb.models.families import FAMILIES, family_of
 
-architectures = pytest.mark.parametrize("architecture", ["camembert", "roberta", "xlm-roberta", "bert", "distilbert"])
+architectures = pytest.mark.parametrize(
+    "architecture", ["camembert", "roberta", "xlm-roberta", "bert", "distilbert", "gpt2"]
+)
 
 
 def logits_by_family(model, ids):
@@ -127,7 +129,7 @@ def test_another_depth_leaves_the_configuration_it_was_made_from_alone(tiny_mode
     shallower = family_of(config, where="test").with_layers(config, 2)
     assert (shallower.num_hidden_layers, config.num_hidden_layers) == (2, 4)
     assert type(shallower) is type(config)
-    depth = "n_layers" if architecture == "distilbert" else "num_hidden_layers"
+    depth = {"distilbert": "n_layers", "gpt2": "n_layer"}.get(architecture, "num_hidden_layers")
     assert shallower.to_dict() == config.to_dict() | {depth: 2}
 
 
@@ -148,7 +150,7 @@ def test_a_model_with_dropout_0_is_the_same_in_training_mode(tiny_model, archite
     config = tiny_model(architecture).config
     family_of(config, where="test").set_dropout(config, 0.0)
     assert family_of(config, where="test").dropout(config) == 0
-    model = AutoModelForMaskedLM.from_config(config).eval()
+    model = family_of(config, where="test").model_class().from_config(config).eval()
     ids = random_ids(model, 20)
     in_eval_mode = logits_by_family(model, ids)
     assert torch.equal(logits_by_family(model.train(), ids), in_eval_mode)
