@@ -133,7 +133,9 @@ def main(words: list[str]) -> None:
         )
         for name, each in figures.items()
     ]
-    text = "Nats a word on held-out text: loss by the words' frequencies and of the teacher, then kl of its students.\n\n"
+    text = (
+        "Nats a word on held-out text: loss by the words' frequencies and of the teacher, then kl of its students.\n\n"
+    )
     tell("Families in the small", text + table(head, rows), figures, options, "python benchmarks/families.py")
 
 
@@ -151,8 +153,22 @@ def one_family(name: str, kind: Kind, options: Any) -> dict[str, Any]:
         *("--student.dropout", "0", "--train.eval_every", "0", "--train.save_every", "0", "--train.log_every", "100"),
         *("--data.sample_sentences", "[]"),
     ]
-    from_nothing = ["--teacher.model", "null", "--student.init", "random", "--student.config", str(shape / "config.json")]
-    from_nothing += ["--student.num_layers", str(LAYERS), "--data.tokenizer", str(shape), "--student.architecture", "null"]
+    from_nothing = [
+        "--teacher.model",
+        "null",
+        "--student.init",
+        "random",
+        "--student.config",
+        str(shape / "config.json"),
+    ]
+    from_nothing += [
+        "--student.num_layers",
+        str(LAYERS),
+        "--data.tokenizer",
+        str(shape),
+        "--student.architecture",
+        "null",
+    ]
     teacher = run(name, home / "teacher", [*text, *from_nothing, *weights(alone)], teacher_steps, lr=3e-3)
     taught = [*text, "--teacher.model", str(teacher / "student"), "--student.num_layers", str(LAYERS // 2)]
     distilled = run(name, home / "recipe", taught, steps, lr=2e-3)
@@ -199,7 +215,9 @@ def heldout(folder: Path) -> dict[str, Any]:
 def documents_of(kind: Kind, text: Path, part: str) -> Iterator[str]:
     for language in kind.languages:
         path = text / f"{language}_{part}.txt.xz"
-        yield from islice(read_documents(path, damage=Damage()), _TOKENIZER_DOCUMENTS // len(kind.languages))
+        yield from islice(
+            read_documents(path, text_field="text", damage=Damage()), _TOKENIZER_DOCUMENTS // len(kind.languages)
+        )
 
 
 def write_teacher_shape(name: str, kind: Kind, text: Path, folder: Path) -> Path:
@@ -231,7 +249,9 @@ def frequency_loss(model: Path, kind: Kind, text: Path) -> float:
     """Nats a word of the held-out text for one who knows how often each word stands in it, and nothing else."""
     tokenizer = TextTokenizer(str(model))
     names = [str(text / f"{each}_valid.txt.xz") for each in kind.languages]
-    folder = prepare_cached(names, tokenizer=tokenizer, cache=cache_folder(DataConfig()), seq_len=SEQ_LEN, text_field="text")
+    folder = prepare_cached(
+        names, tokenizer=tokenizer, cache=cache_folder(DataConfig()), seq_len=SEQ_LEN, text_field="text"
+    )
     counts = Blocks(folder).token_counts.astype(np.float64)
     if not kind.causal:  # only words are masked
         counts[tokenizer.vocabulary.special_ids] = 0

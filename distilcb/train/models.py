@@ -43,6 +43,26 @@ def build_models(config: Config, place: Place) -> Models:
     """
     if config.train.compile:
         check_compiler()
+    models = load_models(config)
+    teacher, student = models.teacher, models.student
+    if config.train.activation_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    if teacher is not None:
+        models = replace(models, teacher_hash=hash_weights(teacher.model))
+        teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
+    if config.train.compile:
+        compile_layers(models)
+    elif place.device.type == "cpu":
+        use_cpu_dropout(student)
+    return models
+
+
+def load_models(config: Config) -> Models:
+    """Teacher and student in fp32 on the CPU, and the tokenizer; all that fits together.
+
+    Raises:
+        ConfigError, ModelError: whatever does not.
+    """
     teacher = None
     if config.teacher.model is not None:
         pickle = config.teacher.allow_pickle
@@ -55,17 +75,8 @@ def build_models(config: Config, place: Place) -> Models:
         vocab_size=tokenizer.vocabulary.size,
         seed=config.train.seed,
     )
-    if config.train.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
     models = Models(teacher, student, family, tokenizer)
     _check_models(config, models)
-    if teacher is not None:
-        models = replace(models, teacher_hash=hash_weights(teacher.model))
-        teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
-    if config.train.compile:
-        compile_layers(models)
-    elif place.device.type == "cpu":
-        use_cpu_dropout(student)
     return models
 
 
