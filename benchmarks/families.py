@@ -1,6 +1,6 @@
 """Every family of the Distil* literature in the small: a teacher is trained, then distilled by the family's recipe.
 
-python benchmarks/families.py --text DATA [--families distilbert-uncased,distilgpt2] [--quick] [--json FILE] [--report FILE]
+python benchmarks/families.py --text DATA [--families distilbert-uncased,distilgpt2] [--quick] [--json FILE]
 
 For each family a tokenizer of its kind is trained on the text, then a teacher of four layers until it predicts words
 well beyond their frequencies, then two students of two layers with its first weights: one by the recipe's objective,

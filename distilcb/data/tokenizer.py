@@ -229,6 +229,6 @@ def _fingerprint(tokenizer: Any) -> str:
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": sorted(tokenizer.all_special_ids),
         "roles": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id],
-        "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
+        "probe": tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"],
     }
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()

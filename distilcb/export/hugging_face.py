@@ -62,9 +62,7 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, output: Path, facts:
         CheckpointError: weights that are missing, or an export that does not give the same logits back.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # the run has one of its own
     config = AutoConfig.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = family_of(config, where=str(model_folder)).model_class().from_config(config, dtype=torch.float32).eval()
@@ -74,6 +72,9 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, output: Path, facts:
 
 def write_model(output: Path, model: Any, tokenizer: Any, facts: CardFacts) -> Path:
     """Write a model in fp32, its tokenizer and a card to `output`, whole or not at all; see `export_checkpoint`."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # a run has one of its own
     card = model_card(model.config, facts, tokenizer.mask_token)
     with writing(output, CheckpointError, "Name a folder that can be written to."):
         _write_folder(output, model, tokenizer, card)

@@ -56,7 +56,7 @@ def export_untrained(config: Config, output: Path) -> Path:
     models = load_models(config)
     model, words = models.student.eval(), models.tokenizer.hugging_face
     model.config = with_tokenizer_ids(model.config, words)
-    facts = card_facts(config, name=f"{output.name}, untrained", steps=0, heldout={})
+    facts = card_facts(config, name=output.name, steps=0, heldout={})
     return write_model(output, model, with_longest_text(words, model.config), facts)
 
 
