@@ -57,8 +57,9 @@ class StudentConfig:
     """where the first weights come from: 'teacher', 'random', or the folder of a model to continue from"""
     num_layers: Count | None = None
     """transformer layers; null: half of the teacher's"""
-    init_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """for each student layer the source layer it copies, from 0; null: spread evenly, the first and last included"""
+    init_layers: tuple[Annotated[int, Field(ge=0)], ...] | Literal["first_of_pairs", "last_of_pairs"] | None = None
+    """for each student layer the source layer it copies, from 0; the first or the last of each pair (or of as many as \
+one student layer stands for); null: spread evenly, the first and last included"""
     architecture: str | None = None
     """the student's model_type where it is another than the teacher's: distilbert for a BERT; null: the same"""
     config: str | None = None
@@ -434,7 +435,7 @@ def _cross_faults(config: Config) -> list[str]:
         found.append(
             f"masking.mask_share={masking.mask_share} + masking.random_share={masking.random_share} is over 1."
         )
-    if student.init_layers is not None and student.num_layers not in (None, len(student.init_layers)):
+    if isinstance(student.init_layers, tuple) and student.num_layers not in (None, len(student.init_layers)):
         found.append(
             f"student.init_layers lists {len(student.init_layers)} layers, student.num_layers={student.num_layers}: "
             "they must agree; leave one out."

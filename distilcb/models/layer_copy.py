@@ -1,6 +1,7 @@
 """Student layers from teacher layers."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,6 +18,35 @@ def spread_layers(source_layers: int, num_layers: int) -> tuple[int, ...]:
     if num_layers == 1:
         return (0,)
     return tuple(round(i * (source_layers - 1) / (num_layers - 1)) for i in range(num_layers))
+
+
+def layers_of_groups(source_layers: int, num_layers: int, *, last: bool) -> tuple[int, ...]:
+    """The first or the last source layer of each of `num_layers` groups of neighbours, as equal as can be.
+
+    12 -> 6 gives 0, 2, 4, 6, 8, 10 or 1, 3, 5, 7, 9, 11.
+    """
+    ends = [i * source_layers // num_layers for i in range(num_layers + 1)]
+    return tuple(end - 1 for end in ends[1:]) if last else tuple(ends[:-1])
+
+
+def source_layers_of(
+    asked: tuple[int, ...] | Literal["first_of_pairs", "last_of_pairs"] | None, source_layers: int, num_layers: int
+) -> tuple[int, ...]:
+    """What student.init_layers stands for.
+
+    Raises:
+        ConfigError: groups of a source that has fewer layers than the student.
+    """
+    if isinstance(asked, tuple):
+        return asked
+    if asked is None:
+        return spread_layers(source_layers, num_layers)
+    if num_layers > source_layers:
+        raise ConfigError(
+            f"student.init_layers={asked}: the source has {source_layers} layers, the student {num_layers}. Give a "
+            "list."
+        )
+    return layers_of_groups(source_layers, num_layers, last=asked == "last_of_pairs")
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from distilcb.config import StudentConfig
 from distilcb.errors import ConfigError
 from distilcb.models.families import FAMILIES, Family, family_of
-from distilcb.models.layer_copy import copy_weights, spread_layers
+from distilcb.models.layer_copy import copy_weights, source_layers_of
 from distilcb.models.loading import load_config, load_language_model
 
 
@@ -42,9 +42,8 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
         source_family = family_of(source.config, where="student.init")
         if source_family is family:
             _refuse_other_shape(source.config, config)
-        layers = student.init_layers
-        if layers is None:
-            layers = spread_layers(source.config.num_hidden_layers, config.num_hidden_layers)
+        depths = (source.config.num_hidden_layers, config.num_hidden_layers)
+        layers = source_layers_of(student.init_layers, *depths)
         copy_weights(source, source_family, model, family, layers)
     if student.freeze_position_embeddings:
         family.position_embeddings(model).weight.requires_grad_(False)
@@ -76,7 +75,7 @@ def _template(student: StudentConfig, teacher: Any | None, source: Any | None) -
 def _depth(student: StudentConfig, teacher: Any | None, source: Any | None, template: Any) -> int:
     if student.num_layers is not None:
         return student.num_layers
-    if student.init_layers is not None:
+    if isinstance(student.init_layers, tuple):
         return len(student.init_layers)
     if student.config or (source is not None and source is not teacher):
         return template.num_hidden_layers
