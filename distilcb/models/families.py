@@ -98,7 +98,7 @@ class Family(ABC):
 
 
 class Roberta(Family):
-    """CamemBERT and RoBERTa: one architecture under two names."""
+    """CamemBERT, RoBERTa and XLM-RoBERTa: one architecture under three names."""
 
     def encode(self, model: Any, input_ids: Tensor) -> Tensor:
         # Blocks hold no padding, so positions need not be counted from the ids, and attention needs no mask.

@@ -1,5 +1,6 @@
 """The parts of each architecture against the transformers model as a whole."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from distilcb.config import REPOSITORY
 from distilcb.errors import ModelError
+from distilcb.models import families
 from distilcb.models.families import FAMILIES, family_of
 
 architectures = pytest.mark.parametrize(
@@ -154,3 +157,17 @@ def test_a_model_with_dropout_0_is_the_same_in_training_mode(tiny_model, archite
     ids = random_ids(model, 20)
     in_eval_mode = logits_by_family(model, ids)
     assert torch.equal(logits_by_family(model.train(), ids), in_eval_mode)
+
+
+@torch.no_grad()
+def test_the_family_that_the_documentation_adds_works(tiny_model, monkeypatch):
+    text = (REPOSITORY / "docs" / "families.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES | {})
+    exec(code, vars(families) | {"FAMILIES": families.FAMILIES})
+    model = tiny_model("ernie", layers=3)
+    ids = random_ids(model, 20)
+    assert torch.equal(logits_by_family(model, ids), model(ids).logits)
+    family = family_of(model.config, where="test")
+    parts = [*family.layers(model), *family.beside_layers(model)]
+    assert {id(p) for part in parts for p in part.parameters()} == {id(p) for p in model.parameters()}
