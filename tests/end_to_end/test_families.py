@@ -12,8 +12,7 @@ from distilcb.config import REPOSITORY
 
 DATA = REPOSITORY.parent / "shared" / "data" / "corpus"
 FAMILIES = {
-    "distilbert-uncased": ("DistilBertForMaskedLM", "fill-mask", "the old [MASK] of the house"),
-    "distilroberta": ("RobertaForMaskedLM", "fill-mask", "the old <mask> of the house"),
+    "distilbert-uncased": ("DistilBertForMaskedLM", "fill-mask", "the old [MASK]"),
     "distilgpt2": ("GPT2LMHeadModel", "text-generation", "the old"),
 }
 
@@ -27,7 +26,7 @@ pytestmark = [
 def figures(tmp_path_factory):
     """Of every family, from benchmarks/families.py."""
     folder = tmp_path_factory.mktemp("families")
-    words = ["--text", str(DATA), "--families", ",".join(FAMILIES), "--quick", "--runs", str(folder / "runs")]
+    words = ["--text", str(DATA), "--families", ",".join(FAMILIES), "--runs", str(folder / "runs")]
     environ = os.environ | {"XDG_CACHE_HOME": str(folder / "cache")}
     ended = subprocess.run(
         [sys.executable, "benchmarks/families.py", *words, "--json", str(folder / "families.json")],
