@@ -1,7 +1,7 @@
 """The student's dropout on a CPU: random bits drawn 64 at a time, and attention with dropout in few passes.
 
-torch draws a Bernoulli number on a CPU in 6 to 12 ns and has no fused attention with dropout there, which took a fifth of
-a step at 512 tokens a sequence. CUDA has both, and torch.compile writes its own.
+torch draws a Bernoulli number on a CPU in 6 to 12 ns and has no fused attention with dropout there, which took a fifth
+of a step at 512 tokens a sequence. CUDA has both, and torch.compile writes its own.
 """
 
 from __future__ import annotations
