@@ -9,8 +9,8 @@ from transformers import CamembertConfig, CamembertForMaskedLM
 from distilcb.command_line import parse_command_line
 from distilcb.config import REPOSITORY
 from distilcb.errors import ConfigError, ModelError
-from distilcb.monitor.metrics import shape_of
 from distilcb.models.cpu_dropout import use_cpu_dropout
+from distilcb.monitor.metrics import shape_of
 from distilcb.plan import prediction
 from distilcb.plan.command import plan_from
 from distilcb.plan.prediction import Machine, Step, activation_bytes, largest_micro_batch, memory
