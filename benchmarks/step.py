@@ -72,6 +72,7 @@ def cases(names: str, *, on_cuda: bool, quick: bool) -> list[Case]:
         mini = [Case("mini", MINI, 128, 16, 2)]
     # What the first scripts were measured at: 98.5 tokens/s on one core (OMP_NUM_THREADS=1).
     chosen = {"real": real, "mini": mini, "first": [Case("real", REAL, 51, 5, 1)]}
+    chosen |= {f"real_{case.length}": [case] for case in real}
     return [case for name in names.split(",") for case in chosen[name]]
 
 
@@ -101,7 +102,7 @@ class Ours:
 
 def main(words: list[str]) -> None:
     parser = parser_of(__doc__ or "")
-    parser.add_argument("--cases", default="real,mini", help="of real, mini and first (default: real,mini)")
+    parser.add_argument("--cases", default="real,mini", help="of real (or real_128, real_512), mini, first (default: real,mini)")
     parser.add_argument("--rounds", type=int, help="turns of each contender (default: 5, with --quick 1)")
     parser.add_argument("--profile", type=Path, help="write a trace of one step of ours there, for chrome://tracing")
     parser.add_argument("--local_rank", help="set by launchers")

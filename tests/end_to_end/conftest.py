@@ -111,6 +111,8 @@ def start(words: list[Any], environ: dict[str, str] | None = None) -> subprocess
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell has the commands that it starts in the background ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
