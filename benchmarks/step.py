@@ -103,7 +103,7 @@ class Ours:
 def main(words: list[str]) -> None:
     parser = parser_of(__doc__ or "")
     parser.add_argument(
-        "--cases", default="real,mini", help="of real (or real_128, real_512), mini, first (default: real,mini)"
+        "--cases", default="real,mini", help="of real, real_128, real_512, mini, first (default: real,mini)"
     )
     parser.add_argument("--rounds", type=int, help="turns of each contender (default: 5, with --quick 1)")
     parser.add_argument("--profile", type=Path, help="write a trace of one step of ours there, for chrome://tracing")
