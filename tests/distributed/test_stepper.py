@@ -83,7 +83,7 @@ def plain_step(config: Config, *, untied: bool = False) -> tuple[dict[str, Tenso
         "mse": reference.logit_mse(logits[soft], teacher_logits[soft]),
     }
     counts = {"kl": len(soft), "mlm": len(batch.labels), "cos": len(logits), "mse": len(soft)}
-    sum(getattr(loss, term) * terms[term] / counts[term] for term in TERMS).backward()
+    sum(getattr(loss, term) * terms[term] / counts[term] for term in terms).backward()
     return {name: weight.grad for name, weight in student.named_parameters()}, terms
 
 
