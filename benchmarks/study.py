@@ -36,7 +36,7 @@ from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import DataError, TrainingError
 from distilcb.eval.masked_lm import evaluate
 from distilcb.eval.report import as_console, as_markdown
-from distilcb.models.loading import load_masked_lm
+from distilcb.models.loading import load_language_model
 from distilcb.models.teacher import Teacher
 
 RECIPE = REPOSITORY / "recipes" / "mini.yaml"
@@ -107,7 +107,7 @@ class Texts:
 
     def __init__(self, options: argparse.Namespace) -> None:
         recipe = load_recipe(RECIPE)
-        self.teacher = Teacher(load_masked_lm(str(recipe.teacher.model), dtype=torch.float32))
+        self.teacher = Teacher(load_language_model(str(recipe.teacher.model), dtype=torch.float32))
         self.tokenizer = TextTokenizer(str(recipe.teacher.model))
         self.seq_len = recipe.data.seq_len
         documents = list(read_documents(Path(options.heldout), text_field="text", damage=Damage()))
@@ -155,7 +155,7 @@ def kept_figures(folder: Path, texts: Texts) -> dict[str, Any]:
     contents = {source: f"{blocks.description.content} x {_MASKINGS}" for source, blocks in texts.blocks.items()}
     if missing := [s for s, content in contents.items() if figures.get(s, {}).get("content") != content]:
         print(f"--- evaluating {folder.name}", flush=True)
-        student = load_masked_lm(str(folder / "student"), dtype=torch.float32)
+        student = load_language_model(str(folder / "student"), dtype=torch.float32)
         for source in missing:
             figures[source] = {"content": contents[source]} | evaluate(
                 student,

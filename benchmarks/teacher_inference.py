@@ -13,7 +13,7 @@ import torch
 
 from distilcb import distributed
 from distilcb.config import REPOSITORY
-from distilcb.models.loading import load_masked_lm
+from distilcb.models.loading import load_language_model
 from distilcb.models.teacher import Teacher
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     distributed.start()
     device = distributed.device()
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    model = load_masked_lm(options.model, dtype=dtype).to(device)
+    model = load_language_model(options.model, dtype=dtype).to(device)
     contenders = {"bare module": Teacher(model), "init_inference": Teacher(_with_deepspeed(model, dtype))}
     ids = torch.randint(7, model.config.vocab_size - 1, (options.batch, options.length), device=device)
     rows = torch.arange(ids.numel(), device=device)

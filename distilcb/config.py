@@ -57,8 +57,11 @@ class StudentConfig:
     """where the first weights come from: 'teacher', 'random', or the folder of a model to continue from"""
     num_layers: Count | None = None
     """transformer layers; null: half of the teacher's"""
-    init_layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """for each student layer the source layer it copies, from 0; null: spread evenly, the first and last included"""
+    init_layers: tuple[Annotated[int, Field(ge=0)], ...] | Literal["first_of_pairs", "last_of_pairs"] | None = None
+    """for each student layer the source layer it copies, from 0; the first or the last of each pair (or of as many as \
+one student layer stands for); null: spread evenly, the first and last included"""
+    architecture: str | None = None
+    """the student's model_type where it is another than the teacher's: distilbert for a BERT; null: the same"""
     config: str | None = None
     """a config.json for the student, in place of the one derived from the teacher"""
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -115,7 +118,7 @@ class LossConfig:
     mlm: Weight = 0.2
     """weight of the masked words' cross-entropy"""
     clm: Weight = 0.0
-    """weight of the next word's cross-entropy (causal models; none is supported yet, so it must be 0)"""
+    """weight of the next word's cross-entropy, in mlm's place for causal models"""
     cos: Weight = 0.3
     """weight of 1 - cosine of last hidden states"""
     mse: Weight = 0.0
@@ -404,11 +407,11 @@ def _cross_faults(config: Config) -> list[str]:
     """Faults that lie between settings; each names the settings and the mend."""
     found = []
     loss, student, teacher, masking = config.loss, config.student, config.teacher, config.masking
-    if not any((loss.kl, loss.mlm, loss.cos, loss.mse)):
+    if not any((loss.kl, loss.mlm, loss.cos, loss.mse, loss.clm)):
         found.append("loss: every weight is 0, so there is nothing to learn. Give loss.mlm or loss.kl a weight.")
-    if loss.clm:
+    if loss.mlm and loss.clm:
         found.append(
-            f"loss.clm={loss.clm}: next-word prediction needs a causal model, and none is supported yet. Use 0."
+            f"loss.mlm={loss.mlm} and loss.clm={loss.clm}: a model predicts masked words or the next one. Set one to 0."
         )
     if teacher.model is None:
         needing = [name for name in ("kl", "cos", "mse") if getattr(loss, name)]
@@ -432,7 +435,7 @@ def _cross_faults(config: Config) -> list[str]:
         found.append(
             f"masking.mask_share={masking.mask_share} + masking.random_share={masking.random_share} is over 1."
         )
-    if student.init_layers is not None and student.num_layers not in (None, len(student.init_layers)):
+    if isinstance(student.init_layers, tuple) and student.num_layers not in (None, len(student.init_layers)):
         found.append(
             f"student.init_layers lists {len(student.init_layers)} layers, student.num_layers={student.num_layers}: "
             "they must agree; leave one out."

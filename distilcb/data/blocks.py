@@ -77,6 +77,7 @@ class BlockSource(Protocol):
     """What batches are made from."""
 
     token_counts: NDArray[np.int64]
+    seq_len: int
 
     def __len__(self) -> int: ...
 
@@ -92,6 +93,7 @@ class Blocks:
         import datasets
 
         self.folder, self.description = folder, read_description(folder)
+        self.seq_len = self.description.seq_len
         try:
             self.token_counts: NDArray[np.int64] = np.load(folder / TOKEN_COUNTS, allow_pickle=False)
             parts = [datasets.Dataset.from_file(str(folder / name)) for name in self.description.files]

@@ -1,7 +1,7 @@
 """This rank's share of each global batch, made ahead of time; its only state is the number of the step."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from distilcb.config import MaskingConfig
 from distilcb.data.blocks import Blocks, BlockSource
 from distilcb.data.masking import Masking
+from distilcb.data.next_token import NextToken
 from distilcb.data.order import Order
 from distilcb.data.tokenizer import Vocabulary
 from distilcb.preemption import ignore_in_helper
@@ -18,26 +19,33 @@ from distilcb.preemption import ignore_in_helper
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of B blocks of L tokens, k of them masked in each.
+    """One micro-batch of B blocks of L tokens, k of them with a label in each: masked, or followed by another one.
 
     input_ids: (B, L) int64, masked.
-    labels: (B*k,) int64, what stood at masked_rows.
-    masked_rows: (B*k,) int64 indices into the B*L rows of the flattened batch.
-    other_rows: (B*L - B*k,) int64, the rows that are not masked.
+    labels: (B*k,) int64, what is to be predicted at labelled_rows.
+    labelled_rows: (B*k,) int64 indices into the B*L rows of the flattened batch.
+    other_rows: (B*L - B*k,) int64, the rows without a label.
+    label_factor: what a sum over labels is multiplied with, so that divided by the most labels that a global batch can
+        have it is their mean: 1 where every block has k. A causal model's have one less for each document's end.
     """
 
     input_ids: Tensor
     labels: Tensor
-    masked_rows: Tensor
+    labelled_rows: Tensor
     other_rows: Tensor
+    label_factor: float = field(default=1.0, kw_only=True)
 
     def to(self, device: torch.device) -> "Batch":
         """A copy on the device, not waited for."""
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """A copy in page-locked memory (DataLoader calls it)."""
-        return Batch(*(getattr(self, f.name).pin_memory() for f in fields(self)))
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors = (self.input_ids, self.labels, self.labelled_rows, self.other_rows)
+        return Batch(*map(change, tensors), label_factor=self.label_factor)
 
 
 @dataclass(frozen=True)
@@ -67,32 +75,45 @@ class Cut:
 class MicroBatches(Dataset):
     """Micro-batches by number: item i is micro-batch i % accumulation of step i // accumulation."""
 
-    def __init__(self, blocks: BlockSource, order: Order, masking: Masking, cut: Cut) -> None:
-        self.blocks, self.order, self.masking, self.cut = blocks, order, masking, cut
+    def __init__(self, blocks: BlockSource, order: Order, task: Masking | NextToken, cut: Cut) -> None:
+        self.blocks, self.order, self.task, self.cut = blocks, order, task, cut
+        self._factor_of_step: tuple[int, float] = (-1, 1.0)
 
     def __getitem__(self, index: int) -> Batch:
         step, micro = divmod(index, self.cut.accumulation)
         return self.at(self.cut.positions(step, micro))
 
     def at(self, positions: np.ndarray) -> Batch:
-        """The samples at these positions of the run, as one batch."""
+        """The samples at these positions of the run, all of one step, as one batch."""
         rows = self.order.row(positions)
-        return make_batch(self.masking, self.blocks.read(rows), rows, self.order.epoch(positions))
+        batch = make_batch(self.task, self.blocks.read(rows), rows, self.order.epoch(positions))
+        return replace(batch, label_factor=self._label_factor(int(positions[0]) // self.cut.global_batch))
+
+    def _label_factor(self, step: int) -> float:
+        """See Batch. Every rank reads the whole global batch for it: no rank need ask another, and no figure depends on
+        how the batch is cut."""
+        if isinstance(self.task, Masking):
+            return 1.0
+        if self._factor_of_step[0] != step:
+            size = self.cut.global_batch
+            rows = self.order.row(np.arange(step * size, (step + 1) * size, dtype=np.int64))
+            parts = np.array_split(rows, -(-size // _COUNTED_BLOCKS))
+            labels = sum(int(self.task.has_label(self.blocks.read(part)).sum()) for part in parts)
+            self._factor_of_step = (step, size * self.task.k / labels)
+        return self._factor_of_step[1]
 
 
-def make_batch(masking: Masking, blocks: np.ndarray, sample_ids: np.ndarray, epochs: np.ndarray) -> Batch:
-    """Mask blocks (B, L) and lay out their rows; the mask of a sample depends on (seed, epoch, sample) alone."""
-    masked = masking.apply(blocks, sample_ids, epochs)
-    size, length = blocks.shape
-    masked_rows = (masked.positions + (np.arange(size) * length)[:, None]).ravel()
-    is_other = np.ones(size * length, dtype=bool)
-    is_other[masked_rows] = False
-    return Batch(
-        torch.from_numpy(masked.input_ids),
-        torch.from_numpy(masked.labels.ravel()),
-        torch.from_numpy(masked_rows),
-        torch.from_numpy(np.flatnonzero(is_other)),
-    )
+# Blocks that are read at a time to count their labels.
+_COUNTED_BLOCKS = 1024
+
+
+def make_batch(task: Masking | NextToken, blocks: np.ndarray, sample_ids: np.ndarray, epochs: np.ndarray) -> Batch:
+    """Lay out blocks (B, L) and their labels; the mask of a sample depends on (seed, epoch, sample) alone."""
+    input_ids, labelled, labels = task.lay_out(blocks, sample_ids, epochs)
+    is_other = np.ones(blocks.size, dtype=bool)
+    is_other[labelled] = False
+    other = np.flatnonzero(is_other)
+    return Batch(*map(torch.from_numpy, (input_ids, labels, labelled, other)))
 
 
 def training_batches(
@@ -113,23 +134,37 @@ def training_batches(
 
 
 class HeldoutBatches:
-    """The held-out blocks under fixed maskings, dealt to ranks in turn."""
+    """The held-out blocks, dealt to ranks in turn: all of them under each of several maskings, or a share of them at a
+    time where nothing is masked."""
 
-    def __init__(self, blocks: BlockSource, masking: Masking, *, micro_batch: int, rank: int, world_size: int) -> None:
-        self.blocks, self.masking, self.micro_batch = blocks, masking, micro_batch
+    def __init__(
+        self, blocks: BlockSource, task: Masking | NextToken, *, micro_batch: int, rank: int, world_size: int
+    ) -> None:
+        self.blocks, self.task, self.micro_batch = blocks, task, micro_batch
         self._rows = np.arange(rank, len(blocks), world_size, dtype=np.int64)
 
-    def masking_number(self, number: int) -> Iterator[Batch]:
-        """This rank's share of the blocks under masking `number`, whose masks are always the same."""
-        for start in range(0, self._rows.size, self.micro_batch):
-            rows = self._rows[start : start + self.micro_batch]
-            yield make_batch(self.masking, self.blocks.read(rows), rows, np.full_like(rows, number))
+    def looking(self, number: int, *, of: int) -> Iterator[Batch]:
+        """This rank's share of the blocks at look `number`, which is always the same: under masking `number`, or each
+        `of`-th block."""
+        mine = self._rows if isinstance(self.task, Masking) else self._rows[self._rows % of == number]
+        for start in range(0, mine.size, self.micro_batch):
+            rows = mine[start : start + self.micro_batch]
+            yield make_batch(self.task, self.blocks.read(rows), rows, np.full_like(rows, number))
 
 
 def fixed_heldout_batches(
     blocks: Blocks, vocabulary: Vocabulary, *, micro_batch: int, rank: int = 0, world_size: int = 1
 ) -> HeldoutBatches:
-    """15 % of the tokens, all alike, from a fixed seed: the same words are asked whatever a run trains on."""
-    seq_len = blocks.description.seq_len
-    masking = Masking(MaskingConfig(smoothing=0.0), vocabulary, blocks.token_counts, seq_len=seq_len, seed=0)
-    return HeldoutBatches(blocks, masking, micro_batch=micro_batch, rank=rank, world_size=world_size)
+    """15 % of the tokens, all alike, from a fixed seed: the same words are asked whatever a run trains on.
+
+    Of a causal model's tokenizer every token.
+    """
+    task = task_of(MaskingConfig(smoothing=0.0), vocabulary, blocks, seed=0)
+    return HeldoutBatches(blocks, task, micro_batch=micro_batch, rank=rank, world_size=world_size)
+
+
+def task_of(masking: MaskingConfig, vocabulary: Vocabulary, blocks: BlockSource, *, seed: int) -> Masking | NextToken:
+    """What is predicted in these blocks: masked words, or the next one where the tokenizer is a causal model's."""
+    if vocabulary.is_causal:
+        return NextToken(vocabulary, blocks.seq_len)
+    return Masking(masking, vocabulary, blocks.token_counts, seq_len=blocks.seq_len, seed=seed)

@@ -35,7 +35,7 @@ def mark(
     *,
     tokenizer: TextTokenizer,
 ) -> tuple[str, list[MaskedWord]]:
-    """The text of a block without its outer separators, each masked word in brackets; and those words.
+    """The text of a block without the separators around it, each masked word in brackets; and those words.
 
     Args:
         block: (tokens,) ids as they stand in the text.
@@ -48,7 +48,8 @@ def mark(
     treatments[positions[input_ids[positions] == vocabulary.mask_id]] = "hidden"
     starts = vocabulary.word_start[block]
     text, words = "", []
-    for columns in _pieces(treatments, starts):
+    outer = 0 if vocabulary.is_causal else 1
+    for columns in _pieces(treatments, starts, outer):
         piece = _decode(tokenizer, block[columns])
         if treatment := str(treatments[columns[0]]):
             words.append(MaskedWord(tuple(columns), piece, _decode(tokenizer, input_ids[columns]), treatment))
@@ -57,11 +58,11 @@ def mark(
     return text.strip(), words
 
 
-def _pieces(treatments: NDArray[np.str_], starts: NDArray[np.bool_]) -> list[list[int]]:
-    """The columns between the outer separators, cut where the treatment changes, and masked ones also between words."""
+def _pieces(treatments: NDArray[np.str_], starts: NDArray[np.bool_], outer: int) -> list[list[int]]:
+    """The columns but for `outer` at each end, cut where the treatment changes, and masked ones also between words."""
     pieces: list[list[int]] = []
-    for column in range(1, treatments.size - 1):
-        goes_on = treatments[column] == treatments[column - 1] and not (treatments[column] and starts[column])
+    for column in range(outer, treatments.size - outer):
+        goes_on = treatments[column] == treatments[max(column, 1) - 1] and not (treatments[column] and starts[column])
         if pieces and goes_on:
             pieces[-1].append(column)
         else:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from distilcb.config import MaskingConfig
 from distilcb.data.order import key, mix
 from distilcb.data.tokenizer import Vocabulary
+from distilcb.errors import ModelError
 
 # Purposes of a random number; each sample position has one of each.
 _CHOICE, _TREATMENT, _WORD = 11, 12, 13
@@ -45,8 +46,11 @@ class Masking:
         seed: int,
     ) -> None:
         """token_counts: (vocab,) how often each token occurs in the training blocks."""
+        if vocabulary.mask_id is None:
+            raise ModelError("the tokenizer has no mask token: masked words need one")
         self.masking, self.vocabulary, self.seed = masking, vocabulary, seed
         self.k = masked_per_block(masking.rate, seq_len)
+        self._mask_id: int = vocabulary.mask_id
         self._weights = np.maximum(token_counts, 1).astype(np.float64) ** -masking.smoothing
         self._weights[vocabulary.special_ids] = 0.0
         self._ordinary = np.setdiff1d(np.arange(vocabulary.size), vocabulary.special_ids)
@@ -60,6 +64,14 @@ class Masking:
         input_ids = blocks.copy()
         np.put_along_axis(input_ids, positions, treated, axis=1)
         return Masked(input_ids, positions, labels)
+
+    def lay_out(
+        self, blocks: NDArray[np.int64], sample_ids: NDArray[np.int64], epochs: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """What the models read; the rows of the flattened blocks that have a label, and those labels."""
+        masked = self.apply(blocks, sample_ids, epochs)
+        rows = masked.positions + (np.arange(len(blocks)) * blocks.shape[1])[:, None]
+        return masked.input_ids, rows.ravel(), masked.labels.ravel()
 
     def _choose(self, blocks: NDArray[np.int64], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
         columns = np.broadcast_to(np.arange(blocks.shape[1]), blocks.shape)
@@ -90,7 +102,7 @@ class Masking:
         random_below = mask_below + self.masking.random_share
         return np.where(
             treatment < mask_below,
-            self.vocabulary.mask_id,
+            self._mask_id,
             np.where(treatment < random_below, words, labels),
         )
 

@@ -264,12 +264,14 @@ class _Packer:
         self.documents += ends.size
         self.tokens += ids.size
         stream = np.concatenate([self._rest, np.insert(ids, ends, self.vocabulary.eos_id)])
-        inner = self.seq_len - 2
+        # A causal model reads on from block to block of one document; others have a separator at both ends.
+        outer = 0 if self.vocabulary.is_causal else 1
+        inner = self.seq_len - 2 * outer
         count = stream.size // inner
         self._rest = stream[count * inner :].copy()  # a view would keep the whole batch
         blocks = np.empty((count, self.seq_len), dtype=np.int64)
-        blocks[:, 0], blocks[:, -1] = self.vocabulary.bos_id, self.vocabulary.eos_id
-        blocks[:, 1:-1] = stream[: count * inner].reshape(count, inner)
+        blocks[:, :1], blocks[:, -1:] = self.vocabulary.bos_id, self.vocabulary.eos_id
+        blocks[:, outer : self.seq_len - outer] = stream[: count * inner].reshape(count, inner)
         # A mask takes up to half of a block's tokens, and none that is special: a block of <unk> could not give them.
         usable = (~self._special[blocks]).sum(1) >= inner // 2 + 1
         self.dropped_blocks += int(count - usable.sum())

@@ -41,17 +41,23 @@ class Vocabulary:
     special_ids: (n,) int64 of every special token, <unk> among them: never chosen, never drawn as a random word.
     word_start: (size,) bool, true for tokens that begin a word.
     fingerprint: equal for tokenizers that give equal ids.
+    mask_id: what stands for a hidden word; None in a causal model's tokenizer.
     unk_id: what stands for text that no token spells, where there is such.
     """
 
     size: int
     bos_id: int
     eos_id: int
-    mask_id: int
+    mask_id: int | None
     special_ids: NDArray[np.int64]
     word_start: NDArray[np.bool_]
     fingerprint: str
     unk_id: int | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a causal model's: blocks are then cut from the text as it goes on, and nothing is masked."""
+        return self.mask_id is None
 
 
 class TextTokenizer:
@@ -66,17 +72,17 @@ class TextTokenizer:
         """What packing and masking use of it.
 
         Raises:
-            ModelError: no mask token, or no separators.
+            ModelError: no separators.
         """
         tokenizer = self.hugging_face
-        ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "mask": tokenizer.mask_token_id}
+        ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
         if ids["bos"] is None:
             ids["bos"] = tokenizer.cls_token_id
         if ids["eos"] is None:
             ids["eos"] = tokenizer.sep_token_id
         missing = [name for name, value in ids.items() if value is None]
         if missing:
-            raise ModelError(f"tokenizer {self.folder} has no {', '.join(missing)} token: masked words need one")
+            raise ModelError(f"tokenizer {self.folder} has no {', '.join(missing)} token: blocks of text need one")
         pieces = tokenizer.get_vocab()
         size = max(pieces.values()) + 1
         unused = set(range(size)).difference(pieces.values())
@@ -86,7 +92,7 @@ class TextTokenizer:
             size=size,
             bos_id=ids["bos"],
             eos_id=ids["eos"],
-            mask_id=ids["mask"],
+            mask_id=tokenizer.mask_token_id,
             special_ids=special,
             word_start=_word_starts(tokenizer, size),
             fingerprint=_fingerprint(tokenizer),
@@ -223,6 +229,6 @@ def _fingerprint(tokenizer: Any) -> str:
         "vocabulary": sorted(tokenizer.get_vocab().items()),
         "special": sorted(tokenizer.all_special_ids),
         "roles": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.mask_token_id],
-        "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"],
+        "probe": tokenizer(_PROBE, add_special_tokens=False, verbose=False)["input_ids"],
     }
     return hashlib.sha256(json.dumps(facts, ensure_ascii=False).encode()).hexdigest()

@@ -24,8 +24,8 @@ def soft_rows(batch: Batch, loss: LossConfig) -> Tensor | None:
     if not (loss.kl or loss.mse):
         return None
     if loss.kl_positions == "masked":
-        return batch.masked_rows
-    return torch.cat([batch.masked_rows, batch.other_rows])
+        return batch.labelled_rows
+    return torch.cat([batch.labelled_rows, batch.other_rows])
 
 
 class StepModule(nn.Module):
@@ -46,7 +46,7 @@ class StepModule(nn.Module):
             assert teacher.hidden is not None
             cosine = cosine_distance_sum(hidden, teacher.hidden)
         loss, sums = coefficients.cos * cosine, {"cos": cosine.detach()}
-        if coefficients.kl or coefficients.mlm or coefficients.mse:
+        if coefficients.kl or coefficients.mlm or coefficients.mse or coefficients.clm:
             head_loss, head_sums = self._head(hidden, batch, teacher, coefficients)
             loss = loss + head_loss
             sums |= head_sums
@@ -56,7 +56,7 @@ class StepModule(nn.Module):
         self, hidden: Tensor, batch: Batch, teacher: TeacherOutput | None, coefficients: Coefficients
     ) -> tuple[Tensor, dict[str, Tensor]]:
         rows = soft_rows(batch, self.loss)
-        wanted = batch.masked_rows if rows is None else rows
+        wanted = batch.labelled_rows if rows is None else rows
         features = self.family.head_features(self.student, hidden.index_select(0, wanted))
         weight, bias = self.family.decoder(self.student)
         soft = None
@@ -64,13 +64,23 @@ class StepModule(nn.Module):
             assert teacher is not None
             assert teacher.features is not None
             soft = (teacher.features, *teacher.decoder)
+        causal, factor = self.family.causal, batch.label_factor
+        soft_factor = factor if self.loss.kl_positions == "masked" else 1.0
         loss, sums = streamed_head(
             features,
             weight,
             bias,
             labels=batch.labels,
-            coefficients=HeadCoefficients(kl=coefficients.kl, mlm=coefficients.mlm, mse=coefficients.mse),
+            coefficients=HeadCoefficients(
+                kl=coefficients.kl * soft_factor,
+                mlm=(coefficients.clm if causal else coefficients.mlm) * factor,
+                mse=coefficients.mse * soft_factor,
+            ),
             temperature=self.loss.temperature,
             teacher=soft,
         )
-        return loss, {"kl": sums.kl, "mlm": sums.mlm, "mse": sums.mse}
+        return loss, {
+            "kl": sums.kl * soft_factor,
+            "clm" if causal else "mlm": sums.mlm * factor,
+            "mse": sums.mse * soft_factor,
+        }

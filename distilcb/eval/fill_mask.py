@@ -1,4 +1,4 @@
-"""What a model would put in the place of <mask>: the quickest look at what it has learned."""
+"""What a model would put in the place of <mask>, or next: the quickest look at what it has learned."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,16 +22,21 @@ def fill_masks(
     """For each sentence with one mask token: the sentence, and its `top` words with their probabilities.
 
     Sentences say "<mask>" whatever the tokenizer's own mask token is; without one they are left out, and of several
-    the first is filled.
+    the first is filled. A causal model reads what stands before.
     """
     was_training = model.training
     model.eval()
     answers = []
     weight, bias = family.decoder(model)
     for sentence in sentences:
-        text = sentence.replace("<mask>", tokenizer.mask_token)
-        ids = torch.tensor([tokenizer(text)["input_ids"]], device=device)
-        places = (ids[0] == tokenizer.mask_token_id).nonzero()[:1, 0]
+        if family.causal:
+            ids = torch.tensor([_before_mask(sentence, tokenizer)], device=device)
+            places = torch.tensor([ids.shape[1] - 1] if "<mask>" in sentence else [], device=device)
+        else:
+            ids = torch.tensor(
+                [tokenizer(sentence.replace("<mask>", tokenizer.mask_token))["input_ids"]], device=device
+            )
+            places = (ids[0] == tokenizer.mask_token_id).nonzero()[:1, 0]
         if not places.numel():
             continue
         features = family.head_features(model, family.encode(model, ids)[0, places])
@@ -41,6 +46,12 @@ def fill_masks(
         answers.append((sentence, list(zip(words, best.values.tolist(), strict=True))))
     model.train(was_training)
     return answers
+
+
+def _before_mask(sentence: str, tokenizer: Any) -> list[int]:
+    """Ids of a document's end, after which another one begins, and of the text before the mask."""
+    ids: list[int] = tokenizer(sentence.partition("<mask>")[0].rstrip(), add_special_tokens=False)["input_ids"]
+    return [tokenizer.eos_token_id, *ids]
 
 
 def as_lines(answers: Sequence[tuple[str, list[tuple[str, float]]]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How well masked words of held-out text are predicted, and how closely the student follows the teacher."""
+"""How well masked or next words of held-out text are predicted, and how closely the student follows the teacher."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -38,12 +38,13 @@ def evaluate(
     """Held-out figures of the student and, where there is one, of the teacher.
 
     Every figure is a mean over masked words under `maskings` fixed maskings of the same text; its standard error is
-    that of the mean over maskings (it says nothing about other texts). kl is KL(teacher || student) at temperature
-    1 in nats; agreement is the share of masked words where both choose the same. Both models may be of different
-    families; they are left in the mode they came in.
+    that of the mean over maskings (it says nothing about other texts). Of causal models it is a mean over the words
+    that follow another one, and the text in so many parts gives the standard error. kl is KL(teacher || student) at
+    temperature 1 in nats; agreement is the share of those words where both choose the same. Both models may be of
+    different families; they are left in the mode they came in.
 
     Args:
-        student, teacher: masked language models on `device`.
+        student, teacher: language models on `device`, both causal or neither.
         family: the student's.
         maskings: at least 2 for standard errors.
         interrupted: asked before each batch; where one rank is, all end together.
@@ -66,12 +67,12 @@ def evaluate(
     total = all_reduce_sum(sums).cpu()
     if total[maskings, 0]:
         raise InterruptedEvaluation
-    return _figures(total[:maskings], with_teacher=teacher is not None)
+    return _figures(total[:maskings], with_teacher=teacher is not None, term="clm" if family.causal else "mlm")
 
 
 def _numbered(batches: HeldoutBatches, maskings: int) -> Iterator[tuple[int, Batch]]:
     for number in range(maskings):
-        for batch in batches.masking_number(number):
+        for batch in batches.looking(number, of=maskings):
             yield number, batch
 
 
@@ -99,7 +100,7 @@ def _batch_sums(student: Any, teacher: Any | None, family: Family, batch: Batch)
 
 def _features(model: Any, family: Family, batch: Batch) -> Tensor:
     states = family.encode(model, batch.input_ids)
-    rows = states.reshape(-1, states.shape[-1]).index_select(0, batch.masked_rows)
+    rows = states.reshape(-1, states.shape[-1]).index_select(0, batch.labelled_rows)
     return family.head_features(model, rows)
 
 
@@ -113,29 +114,30 @@ def _word_scores(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     return -log_probs.gather(1, labels[:, None]).sum(), (choice == labels).sum(), choice
 
 
-def _figures(sums: Tensor, *, with_teacher: bool) -> dict[str, Figures]:
+def _figures(sums: Tensor, *, with_teacher: bool, term: str) -> dict[str, Figures]:
+    sums = sums[sums[:, 0] > 0]  # a short text has less than a block for each part
     words = sums[:, 0]
     means = {name: sums[:, column] / words for column, name in enumerate(_COLUMNS) if column}
-    student = _prediction(means["student_nll"], means["student_right"])
+    student = _prediction(means["student_nll"], means["student_right"], term)
     if not with_teacher:
         return {"student": student}
     for name in ("kl", "agreement"):
         student[name] = means[name].mean().item()
         student["standard_error"][name] = _standard_error(means[name])
-    return {"student": student, "teacher": _prediction(means["teacher_nll"], means["teacher_right"])}
+    return {"student": student, "teacher": _prediction(means["teacher_nll"], means["teacher_right"], term)}
 
 
-def _prediction(nll: Tensor, right: Tensor) -> Figures:
+def _prediction(nll: Tensor, right: Tensor, term: str) -> Figures:
     loss, error = nll.mean().item(), _standard_error(nll)
     perplexity = math.exp(min(loss, 700.0))
     return {
-        "mlm_loss": loss,
+        f"{term}_loss": loss,
         "perplexity": perplexity,
-        "mlm_accuracy": right.mean().item(),
+        f"{term}_accuracy": right.mean().item(),
         "standard_error": {
-            "mlm_loss": error,
+            f"{term}_loss": error,
             "perplexity": perplexity * error,
-            "mlm_accuracy": _standard_error(right),
+            f"{term}_accuracy": _standard_error(right),
         },
     }
 

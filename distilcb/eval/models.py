@@ -22,7 +22,7 @@ from distilcb.eval.report import NAMES_IN_A_RUN, as_markdown, heldout_rows
 from distilcb.hub import model_folder
 from distilcb.launcher import World
 from distilcb.models.families import family_of
-from distilcb.models.loading import load_masked_lm
+from distilcb.models.loading import load_language_model
 from distilcb.models.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,10 @@ def evaluate_models(
     folder = prepare_cached(text, tokenizer=tokenizer, cache=cache, seq_len=seq_len, text_field=text_field)
     blocks = Blocks(folder)
     check_fits(blocks, seq_len=seq_len, fingerprint=tokenizer.vocabulary.fingerprint, tokenizer=tokenizer.folder)
-    taught_by = _on_device(Teacher(load_masked_lm(teacher, dtype=_dtype()))) if teacher else None
+    taught_by = _on_device(Teacher(load_language_model(teacher, dtype=_dtype()))) if teacher else None
     found: dict[str, Figures] = {}
     for name in models:
-        model = load_masked_lm(name, dtype=_dtype()).to(device())
+        model = load_language_model(name, dtype=_dtype()).to(device())
         family = family_of(model.config, where=name)
         if seq_len > family.max_seq_len(model.config):
             raise ConfigError(f"seq_len={seq_len}: {name} has positions for {family.max_seq_len(model.config)} tokens.")

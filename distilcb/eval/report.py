@@ -5,8 +5,10 @@ from typing import Any
 
 _COLUMNS = (
     ("mlm_loss", "loss (nats)", "{:.3f}"),
+    ("clm_loss", "loss (nats)", "{:.3f}"),
     ("perplexity", "perplexity", "{:.1f}"),
     ("mlm_accuracy", "words right", "{:.1%}"),
+    ("clm_accuracy", "next words right", "{:.1%}"),
     ("kl", "kl (nats)", "{:.3f}"),
     ("agreement", "agreement", "{:.1%}"),
 )
@@ -16,14 +18,14 @@ NAMES_IN_A_RUN = {"teacher": "teacher", "student_start": "student, start", "stud
 
 def heldout_rows(heldout: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
     """Header and one row a model: each figure ± its standard error. Models of other names follow those of a run."""
-    rows = [["held-out text", *(title for _, title, _ in _COLUMNS)]]
+    causal = any("clm_loss" in figures for figures in heldout.values())
+    columns = [column for column in _COLUMNS if not column[0].startswith("mlm" if causal else "clm")]
+    rows = [["held-out text", *(title for _, title, _ in columns)]]
     for who in [
         *(who for who in NAMES_IN_A_RUN if who in heldout),
         *(who for who in heldout if who not in NAMES_IN_A_RUN),
     ]:
-        rows.append(
-            [NAMES_IN_A_RUN.get(who, who), *(_cell(heldout[who], column, form) for column, _, form in _COLUMNS)]
-        )
+        rows.append([NAMES_IN_A_RUN.get(who, who), *(_cell(heldout[who], column, form) for column, _, form in columns)])
     return rows
 
 

@@ -26,10 +26,15 @@ def save_recipe_of_model(folder: Path, model: Any, tokenizer: Any) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with_tokenizer_ids(model.config, tokenizer).save_pretrained(temporary)
-    tokenizer = copy.deepcopy(tokenizer)  # of which the shipped one's length is "no limit", and nothing would be cut
-    tokenizer.model_max_length = family_of(model.config, where=str(folder)).max_seq_len(model.config)
-    tokenizer.save_pretrained(temporary)
+    with_longest_text(tokenizer, model.config).save_pretrained(temporary)
     temporary.rename(folder)
+
+
+def with_longest_text(tokenizer: Any, config: Any) -> Any:
+    """A copy that cuts text where the model's positions end; the shipped one's length is "no limit"."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.model_max_length = family_of(config, where="model").max_seq_len(config)
+    return tokenizer
 
 
 def with_tokenizer_ids(config: Any, tokenizer: Any) -> Any:
@@ -56,16 +61,23 @@ def export_checkpoint(checkpoint: Path, model_folder: Path, output: Path, facts:
     Raises:
         CheckpointError: weights that are missing, or an export that does not give the same logits back.
     """
-    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
-    from transformers.utils import logging as transformers_logging
+    from transformers import AutoConfig, AutoTokenizer
 
-    transformers_logging.disable_progress_bar()  # the run has one of its own
     config = AutoConfig.from_pretrained(model_folder)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = AutoModelForMaskedLM.from_config(config, dtype=torch.float32).eval()
+    model = family_of(config, where=str(model_folder)).model_class().from_config(config, dtype=torch.float32).eval()
     _load_weights(model, _fp32_weights(checkpoint), checkpoint)
+    return write_model(output, model, tokenizer, facts)
+
+
+def write_model(output: Path, model: Any, tokenizer: Any, facts: CardFacts) -> Path:
+    """Write a model in fp32, its tokenizer and a card to `output`, whole or not at all; see `export_checkpoint`."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # a run has one of its own
+    card = model_card(model.config, facts, tokenizer.mask_token)
     with writing(output, CheckpointError, "Name a folder that can be written to."):
-        _write_folder(output, model, tokenizer, model_card(model.config, facts))
+        _write_folder(output, model, tokenizer, card)
     return output
 
 
@@ -92,14 +104,16 @@ def _write_folder(output: Path, model: Any, tokenizer: Any, card: str) -> None:
 @torch.no_grad()
 def prove(folder: Path, model: Any) -> None:
     """Raise CheckpointError unless the folder, loaded back, gives the model's logits."""
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    again = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
-    AutoTokenizer.from_pretrained(folder)
     config = model.config
-    longest = family_of(config, where=str(folder)).max_seq_len(config)  # every position takes part
+    family = family_of(config, where=str(folder))
+    again = family.model_class().from_pretrained(folder, dtype=torch.float32).eval()
+    AutoTokenizer.from_pretrained(folder)
+    longest = family.max_seq_len(config)  # every position takes part
     ids = torch.randint(config.vocab_size, (1, longest), generator=torch.Generator().manual_seed(0))
-    ids[ids == config.pad_token_id] = config.eos_token_id
+    if config.pad_token_id is not None:
+        ids[ids == config.pad_token_id] = (config.pad_token_id + 1) % config.vocab_size
     difference = (again(ids).logits - model(ids).logits).abs().max().item()
     if not difference <= 1e-5:
         raise CheckpointError(f"{folder}: loaded back, its logits differ by {difference:.3g} from the model's.")

@@ -4,15 +4,18 @@ from dataclasses import dataclass
 
 from distilcb.config import LossConfig
 
-TERMS = ("kl", "mlm", "cos", "mse")
+TERMS = ("kl", "mlm", "cos", "mse", "clm")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Rows of the global batch, the same in every step because blocks are full and masks of fixed size."""
+    """Rows of the global batch, the same in every step because blocks are full and masks of fixed size.
+
+    labelled: masked rows; for a causal model the most that have a next token (`Batch.label_factor` has the rest).
+    """
 
     attended: int
-    masked: int
+    labelled: int
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,13 @@ class Coefficients:
     mlm: float
     cos: float
     mse: float
+    clm: float = 0.0
 
 
 def divisors(loss: LossConfig, counts: Counts) -> dict[str, int]:
     """The global count that each term's sum is divided by."""
-    soft = counts.attended if loss.kl_positions == "attended" else counts.masked
-    return {"kl": soft, "mlm": counts.masked, "cos": counts.attended, "mse": soft}
+    soft, labelled = counts.attended if loss.kl_positions == "attended" else counts.labelled, counts.labelled
+    return {"kl": soft, "mlm": labelled, "cos": counts.attended, "mse": soft, "clm": labelled}
 
 
 def coefficients(loss: LossConfig, counts: Counts, *, world_size: int) -> Coefficients:

@@ -45,27 +45,34 @@ class Dropout(torch.nn.Dropout):
         return values * _signed(kept, self.p).clamp_(min=0)
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float, scaling: float) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, dropout: float, scaling: float, causal: bool = False
+) -> Tensor:
     """softmax(query key' scaling) with dropout, times value; of shape (sequences, heads, tokens, size of a head) all.
 
-    The weights are kept for the backward pass, and nothing else of their size: 2 bytes a pair of tokens in bf16.
+    causal: a token looks at itself and those before. The weights are kept for the backward pass, and nothing else of
+    their size: 2 bytes a pair of tokens in bf16.
     """
-    return _Attention.apply(query, key, value, dropout, scaling)
+    return _Attention.apply(query, key, value, dropout, scaling, causal)
 
 
 class _Attention(torch.autograd.Function):
     """The sign of a kept weight says whether it was dropped, so that one tensor holds both."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float, causal: bool
+    ) -> Tensor:
         weights = (query * scaling) @ key.transpose(-1, -2)
+        if causal:
+            weights += torch.full(weights.shape[-2:], -torch.inf, dtype=weights.dtype).triu_(1)
         _signed(torch.softmax(weights, -1, out=weights), dropout)
         ctx.save_for_backward(query, key, value, weights)
         ctx.scale, ctx.scaling = _scale(dropout), scaling
         return (weights.relu() @ value).mul_(ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, weights = ctx.saved_tensors
         gradient = gradient * ctx.scale
         by_value = weights.relu().transpose(-1, -2) @ gradient
@@ -73,7 +80,7 @@ class _Attention(torch.autograd.Function):
         by_score = torch.ops.aten._softmax_backward_data(by_weight, weights.abs(), -1, weights.dtype)
         by_query = (by_score @ key).mul_(ctx.scaling)
         by_key = (by_score.transpose(-1, -2) @ query).mul_(ctx.scaling)
-        return by_query, by_key, by_value, None, None
+        return by_query, by_key, by_value, None, None, None
 
 
 def _attention_of_a_model(
@@ -91,11 +98,12 @@ def _attention_of_a_model(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if dropout == 0 or causal or attention_mask is not None or query.shape != key.shape or scaling is None:
+    if dropout == 0 or attention_mask is not None or query.shape != key.shape:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
         )
-    return attention(query, key, value, dropout=dropout, scaling=scaling).transpose(1, 2), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attention(query, key, value, dropout=dropout, scaling=scaling, causal=causal).transpose(1, 2), None
 
 
 def _signed(values: Tensor, dropout: float) -> Tensor:

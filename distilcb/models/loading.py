@@ -1,4 +1,4 @@
-"""Masked language models from folders and hub names: safetensors only, no remote code, no silent gaps."""
+"""Language models from folders and hub names: safetensors only, no remote code, no silent gaps."""
 
 import json
 from pickle import UnpicklingError
@@ -33,21 +33,20 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False) -> Any:
-    """A model with its masked-word head, in `dtype` whatever it was saved in.
+def load_language_model(name: str, *, dtype: torch.dtype, allow_pickle: bool = False) -> Any:
+    """A model with its vocabulary head, in `dtype` whatever it was saved in.
 
     Raises:
         ModelError: unreadable, pickled without leave, or weights that leave part of the model unset.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForMaskedLM
 
     folder = model_folder(name, pickle=allow_pickle)
     if folder.is_file():
         raise ModelError(f"model {name} is a file. Needed: a folder with config.json and model.safetensors.")
-    family_of(load_config(str(folder)), where=name)  # before gigabytes of weights are read
+    family = family_of(load_config(str(folder)), where=name)  # before gigabytes of weights are read
     try:
-        model, info = AutoModelForMaskedLM.from_pretrained(
+        model, info = family.model_class().from_pretrained(
             str(folder),
             dtype=dtype,
             use_safetensors=None if allow_pickle else True,
@@ -62,8 +61,8 @@ def load_masked_lm(name: str, *, dtype: torch.dtype, allow_pickle: bool = False)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
-            f"model {name} lacks {len(missing)} weights, first {missing[0]}: it has no masked-word head, or another "
-            "layout. Give a model saved with its head (…ForMaskedLM)."
+            f"model {name} lacks {len(missing)} weights, first {missing[0]}: it has no vocabulary head, or another "
+            f"layout. Give a model saved with its head ({'…LMHeadModel' if family.causal else '…ForMaskedLM'})."
         )
     return model
 

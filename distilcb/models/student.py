@@ -6,13 +6,13 @@ import torch
 
 from distilcb.config import StudentConfig
 from distilcb.errors import ConfigError
-from distilcb.models.families import Family, family_of
-from distilcb.models.layer_copy import copy_weights, spread_layers
-from distilcb.models.loading import load_config, load_masked_lm
+from distilcb.models.families import FAMILIES, Family, family_of
+from distilcb.models.layer_copy import copy_weights, source_layers_of
+from distilcb.models.loading import load_config, load_language_model
 
 
 def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: int, seed: int) -> tuple[Any, Family]:
-    """A masked language model in fp32, and its family.
+    """A language model in fp32, and its family.
 
     Args:
         student: what to build and from what.
@@ -27,6 +27,9 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
     template = _template(student, teacher, source)
     family = family_of(template, where="student")
     config = family.with_layers(template, _depth(student, teacher, source, template))
+    if student.architecture is not None and student.architecture != config.model_type:
+        family = _family_called(student.architecture)
+        config = family.config_like(config)
     if student.dropout is not None:
         family.set_dropout(config, student.dropout)
     if config.vocab_size < vocab_size:
@@ -34,16 +37,23 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
             f"student: vocab_size {config.vocab_size}, but the tokenizer has {vocab_size} tokens, so it is not "
             "this model's. Leave data.tokenizer out, or mend student.config."
         )
-    model = _random_model(config, seed)
+    model = _random_model(family, config, seed)
     if source is not None:
-        _refuse_other_shape(source.config, config)
-        layers = student.init_layers
-        if layers is None:
-            layers = spread_layers(source.config.num_hidden_layers, config.num_hidden_layers)
-        copy_weights(source, model, family, layers)
+        source_family = family_of(source.config, where="student.init")
+        if source_family is family:
+            _refuse_other_shape(source.config, config)
+        depths = (source.config.num_hidden_layers, config.num_hidden_layers)
+        layers = source_layers_of(student.init_layers, *depths)
+        copy_weights(source, source_family, model, family, layers)
     if student.freeze_position_embeddings:
         family.position_embeddings(model).weight.requires_grad_(False)
     return model, family
+
+
+def _family_called(architecture: str) -> Family:
+    if architecture not in FAMILIES:
+        raise ConfigError(f"student.architecture={architecture!r} is none of {', '.join(FAMILIES)}.")
+    return FAMILIES[architecture]
 
 
 def _source(student: StudentConfig, teacher: Any | None) -> Any | None:
@@ -51,7 +61,7 @@ def _source(student: StudentConfig, teacher: Any | None) -> Any | None:
         return None
     if student.init == "teacher":
         return teacher
-    return load_masked_lm(student.init, dtype=torch.float32)
+    return load_language_model(student.init, dtype=torch.float32)
 
 
 def _template(student: StudentConfig, teacher: Any | None, source: Any | None) -> Any:
@@ -65,7 +75,7 @@ def _template(student: StudentConfig, teacher: Any | None, source: Any | None) -
 def _depth(student: StudentConfig, teacher: Any | None, source: Any | None, template: Any) -> int:
     if student.num_layers is not None:
         return student.num_layers
-    if student.init_layers is not None:
+    if isinstance(student.init_layers, tuple):
         return len(student.init_layers)
     if student.config or (source is not None and source is not teacher):
         return template.num_hidden_layers
@@ -89,9 +99,7 @@ def _refuse_other_shape(source: Any, config: Any) -> None:
         )
 
 
-def _random_model(config: Any, seed: int) -> Any:
-    from transformers import AutoModelForMaskedLM
-
+def _random_model(family: Family, config: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+        return family.model_class().from_config(config, dtype=torch.float32)

@@ -28,9 +28,9 @@ class ModelShape:
         return self.layers * (4 * self.hidden**2 + 2 * self.hidden * self.intermediate)
 
 
-def shape_of(config: Any) -> ModelShape:
-    """Of a model's configuration."""
-    return ModelShape(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
+def shape_of(config: Any, *, feed_forward_size: int) -> ModelShape:
+    """Of a model's configuration; each family has its own name for the feed-forward size."""
+    return ModelShape(config.num_hidden_layers, config.hidden_size, feed_forward_size, config.vocab_size)
 
 
 def flops_per_token(

@@ -6,7 +6,7 @@ from typing import Any
 from distilcb.config import Config
 from distilcb.errors import ConfigError, ModelError
 from distilcb.hub import model_folder
-from distilcb.models.families import Family
+from distilcb.models.families import Family, family_of
 from distilcb.models.student import build_student
 from distilcb.monitor.metrics import ModelShape, shape_of
 
@@ -64,12 +64,13 @@ def sizes_of(config: Config) -> Sizes:
         teacher = _empty(config.teacher.model) if config.teacher.model else None
         vocab = 1 if teacher is None else teacher.config.vocab_size
         student, family = build_student(config.student, teacher=teacher, vocab_size=vocab, seed=0)
-    return Sizes(_sizes(teacher, family) if teacher is not None else None, _sizes(student, family))
+    taught_by = None if teacher is None else _sizes(teacher, family_of(teacher.config, where="teacher"))
+    return Sizes(taught_by, _sizes(student, family))
 
 
 def _empty(name: str) -> Any:
     """The model on torch's meta device."""
-    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(model_folder(name, weights=False)))
@@ -80,13 +81,13 @@ def _empty(name: str) -> Any:
         config = AutoConfig.for_model(**known)
     except (OSError, ValueError) as error:
         raise ModelError(f"teacher {name}: its config.json cannot be read ({error}).") from error
-    return AutoModelForMaskedLM.from_config(config)
+    return family_of(config, where="teacher").model_class().from_config(config)
 
 
 def _sizes(model: Any, family: Family) -> ModelSizes:
     weights = list(model.parameters())
     return ModelSizes(
-        shape_of(model.config),
+        shape_of(model.config, feed_forward_size=family.feed_forward_size(model.config)),
         sum(weight.numel() for weight in weights),
         sum(weight.numel() for weight in weights if weight.requires_grad),
         model.config.num_attention_heads,

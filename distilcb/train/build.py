@@ -16,8 +16,15 @@ from distilcb.command_line import CommandLine
 from distilcb.config import Config, DataConfig, accumulation_steps, cache_folder
 from distilcb.data.blocks import Blocks, BlockSource, check_fits
 from distilcb.data.corpus import find_sources
-from distilcb.data.loader import Batch, Cut, HeldoutBatches, MicroBatches, fixed_heldout_batches, training_batches
-from distilcb.data.masking import Masking
+from distilcb.data.loader import (
+    Batch,
+    Cut,
+    HeldoutBatches,
+    MicroBatches,
+    fixed_heldout_batches,
+    task_of,
+    training_batches,
+)
 from distilcb.data.order import Order
 from distilcb.data.prepare import prepare_cached, prepared_folder
 from distilcb.data.tokenizer import TextTokenizer
@@ -34,7 +41,8 @@ from distilcb.export.hugging_face import save_recipe_of_model
 from distilcb.launcher import World
 from distilcb.losses.triplet import Counts
 from distilcb.machine import is_compiled, uses_cuda, wait_for_compiler
-from distilcb.monitor.metrics import flops_per_token, shape_of
+from distilcb.models.families import Family
+from distilcb.monitor.metrics import ModelShape, flops_per_token, shape_of
 from distilcb.preemption import StopRequest
 from distilcb.train.micro_batch import settle_micro_batch
 from distilcb.train.models import Models, build_models
@@ -235,9 +243,9 @@ def wire_stepper(
     optim, world, seed = config.optim, place.world, config.train.seed
     cut = Cut(optim.global_batch, optim.sequences_a_pass, world.rank, world.size)
     vocabulary, seq_len = models.tokenizer.vocabulary, config.data.seq_len
-    masking = Masking(config.masking, vocabulary, blocks.token_counts, seq_len=seq_len, seed=seed)
+    task = task_of(config.masking, vocabulary, blocks, seed=seed)
     order = Order(len(blocks), seed=seed, fraction=config.data.fraction)
-    counts = Counts(attended=optim.global_batch * seq_len, masked=optim.global_batch * masking.k)
+    counts = Counts(attended=optim.global_batch * seq_len, labelled=optim.global_batch * task.k)
     module = StepModule(models.student, models.family, config.loss)
     engine = start_engine(module, config, place, load_universal=load_universal)
     stepper = Stepper(
@@ -253,7 +261,7 @@ def wire_stepper(
         may_overflow=place.precision == "fp16",
         device=place.device,
     )
-    return engine, stepper, MicroBatches(blocks, order, masking, cut), counts
+    return engine, stepper, MicroBatches(blocks, order, task, cut), counts
 
 
 def _heldout_batches(config: Config, world: World, tokenizer: TextTokenizer, blocks: Blocks) -> HeldoutBatches:
@@ -343,13 +351,17 @@ def _restore(
 
 
 def _flops_per_token(config: Config, models: Models, counts: Counts) -> float:
-    masked_share = counts.masked / counts.attended
+    labelled_share = counts.labelled / counts.attended
     loss = config.loss
-    soft = 0.0 if not (loss.kl or loss.mse) else 1.0 if loss.kl_positions == "attended" else masked_share
+    soft = 0.0 if not (loss.kl or loss.mse) else 1.0 if loss.kl_positions == "attended" else labelled_share
     return flops_per_token(
-        shape_of(models.student.config),
-        shape_of(models.teacher.model.config) if models.teacher else None,
+        _shape_of(models.student, models.family),
+        _shape_of(models.teacher.model, models.teacher.family) if models.teacher else None,
         seq_len=config.data.seq_len,
         soft_share=soft,
-        head_share=max(soft, masked_share),
+        head_share=max(soft, labelled_share),
     )
+
+
+def _shape_of(model: Any, family: Family) -> ModelShape:
+    return shape_of(model.config, feed_forward_size=family.feed_forward_size(model.config))

@@ -1,6 +1,7 @@
 """A run folder's checkpoint, as a Hugging Face folder."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ from distilcb.config import Config, flatten, load_recipe
 from distilcb.engine.checkpoint import Checkpoint, Checkpoints
 from distilcb.errors import CheckpointError
 from distilcb.eval.report import as_markdown, heldout_rows
-from distilcb.export.hugging_face import export_checkpoint
+from distilcb.export.hugging_face import export_checkpoint, with_longest_text, with_tokenizer_ids, write_model
 from distilcb.export.model_card import CardFacts
+from distilcb.train.models import load_models
 from distilcb.train.run_folder import RunFolder, find_run
 
 _SECTIONS = ("loss", "masking", "optim", "student")
@@ -38,11 +40,34 @@ def write_student(
     folder: RunFolder, checkpoint: Checkpoint, config: Config, heldout: dict[str, Any], output: Path
 ) -> Path:
     """Export a run's checkpoint with a model card that holds `heldout`, as in summary.json; empty: no table."""
+    facts = card_facts(config, name=folder.path.name, steps=checkpoint.step, heldout=heldout)
+    return export_checkpoint(checkpoint.path, folder.model, output, facts)
+
+
+def export_untrained(config: Config, output: Path) -> Path:
+    """Write the student as it is before its first step to `output`.
+
+    Raises:
+        ConfigError, ModelError: whatever does not fit together.
+        CheckpointError: an output that is there already.
+    """
+    if output.exists():
+        raise CheckpointError(f"{output} is there already. Name another folder, or move it aside.")
+    models = load_models(config)
+    model, words = models.student.eval(), models.tokenizer.hugging_face
+    model.config = with_tokenizer_ids(model.config, words)
+    facts = card_facts(config, name=output.name, steps=0, heldout={})
+    return write_model(output, model, with_longest_text(words, model.config), facts)
+
+
+def card_facts(config: Config, *, name: str, steps: int, heldout: dict[str, Any]) -> CardFacts:
+    """For the card of a student after so many steps; heldout: as in summary.json, empty for no table."""
+    with_mask = [each for each in config.data.sample_sentences if "<mask>" in each]
     facts = CardFacts(
-        name=folder.path.name,
+        name=name,
         teacher=_public_name(config.teacher.model),
-        steps=checkpoint.step,
-        tokens=checkpoint.step * config.optim.global_batch * config.data.seq_len,
+        steps=steps,
+        tokens=steps * config.optim.global_batch * config.data.seq_len,
         table=as_markdown(heldout_rows(heldout)) if heldout else "",
         settings={
             name: _public_name(value) if name in _MAY_BE_PATHS else value
@@ -50,7 +75,7 @@ def write_student(
             if name.split(".")[0] in _SECTIONS
         },
     )
-    return export_checkpoint(checkpoint.path, folder.model, output, facts)
+    return replace(facts, example=with_mask[0]) if with_mask else facts
 
 
 def _public_name(model: str | None) -> str | None:

@@ -21,13 +21,12 @@ import torch
 from distilcb.command_line import CommandLine
 from distilcb.config import Config
 from distilcb.data.blocks import RandomBlocks
-from distilcb.data.loader import make_batch
-from distilcb.data.masking import Masking
+from distilcb.data.loader import make_batch, task_of
 from distilcb.distributed import all_reduce_sum
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.step_module import StepModule, soft_rows
 from distilcb.errors import ConfigError
-from distilcb.losses.triplet import Coefficients
+from distilcb.losses.triplet import TERMS, Coefficients
 
 if TYPE_CHECKING:
     from distilcb.train.build import Place
@@ -97,7 +96,7 @@ class _Probe:
         self.config, self.place, self.models = config, place, models
         vocabulary, seq_len = models.tokenizer.vocabulary, config.data.seq_len
         self.blocks = RandomBlocks(vocabulary, seq_len=seq_len, blocks=_MOST_TOKENS["cuda"])
-        self.masking = Masking(config.masking, vocabulary, self.blocks.token_counts, seq_len=seq_len, seed=0)
+        self.task = task_of(config.masking, vocabulary, self.blocks, seed=0)
 
     def fits(self, size: int) -> bool:
         """Whether a pass of `size` sequences fits here; leaves the device as it was."""
@@ -117,11 +116,11 @@ class _Probe:
         module = StepModule(copy.deepcopy(self.models.student), self.models.family, self.config.loss).to(device, dtype)
         _kept = torch.empty(self._bytes_of_deepspeed(module), dtype=torch.uint8, device=device)
         rows = np.arange(size, dtype=np.int64)
-        batch = make_batch(self.masking, self.blocks.read(rows), rows, np.zeros_like(rows)).to(device)
+        batch = make_batch(self.task, self.blocks.read(rows), rows, np.zeros_like(rows)).to(device)
         loss, taught = self.config.loss, None
         if self.models.teacher is not None and (loss.kl or loss.mse or loss.cos):
             taught = self.models.teacher(batch.input_ids, soft_rows(batch, loss), wants_hidden=bool(loss.cos))
-        scalar, _sums = module(batch, taught, Coefficients(kl=loss.kl, mlm=loss.mlm, cos=loss.cos, mse=loss.mse))
+        scalar, _sums = module(batch, taught, Coefficients(**{term: getattr(loss, term) for term in TERMS}))
         scalar.backward()
 
     def _bytes_of_deepspeed(self, module: torch.nn.Module) -> int:

@@ -16,7 +16,7 @@ from distilcb.errors import ConfigError, ModelError
 from distilcb.machine import uses_cuda
 from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.families import Family
-from distilcb.models.loading import hash_weights, load_masked_lm
+from distilcb.models.loading import hash_weights, load_language_model
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 
@@ -43,22 +43,10 @@ def build_models(config: Config, place: Place) -> Models:
     """
     if config.train.compile:
         check_compiler()
-    teacher = None
-    if config.teacher.model is not None:
-        pickle = config.teacher.allow_pickle
-        # In fp32 at first: the student's master weights are copied from it.
-        teacher = Teacher(load_masked_lm(config.teacher.model, dtype=torch.float32, allow_pickle=pickle))
-    tokenizer = TextTokenizer(config.data.tokenizer or config.teacher.model or config.student.init)
-    student, family = build_student(
-        config.student,
-        teacher=teacher.model if teacher else None,
-        vocab_size=tokenizer.vocabulary.size,
-        seed=config.train.seed,
-    )
+    models = load_models(config)
+    teacher, student = models.teacher, models.student
     if config.train.activation_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
-    models = Models(teacher, student, family, tokenizer)
-    _check_models(config, models)
     if teacher is not None:
         models = replace(models, teacher_hash=hash_weights(teacher.model))
         teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
@@ -66,6 +54,29 @@ def build_models(config: Config, place: Place) -> Models:
         compile_layers(models)
     elif place.device.type == "cpu":
         use_cpu_dropout(student)
+    return models
+
+
+def load_models(config: Config) -> Models:
+    """Teacher and student in fp32 on the CPU, and the tokenizer; all that fits together.
+
+    Raises:
+        ConfigError, ModelError: whatever does not.
+    """
+    teacher = None
+    if config.teacher.model is not None:
+        pickle = config.teacher.allow_pickle
+        # In fp32 at first: the student's master weights are copied from it.
+        teacher = Teacher(load_language_model(config.teacher.model, dtype=torch.float32, allow_pickle=pickle))
+    tokenizer = TextTokenizer(config.data.tokenizer or config.teacher.model or config.student.init)
+    student, family = build_student(
+        config.student,
+        teacher=teacher.model if teacher else None,
+        vocab_size=tokenizer.vocabulary.size,
+        seed=config.train.seed,
+    )
+    models = Models(teacher, student, family, tokenizer)
+    _check_models(config, models)
     return models
 
 
@@ -104,6 +115,7 @@ def _check_models(config: Config, built: Models) -> None:
                 f"tokenizer {tokenizer.folder} has {tokenizer.vocabulary.size} tokens, the {name}'s vocabulary "
                 f"{model.config.vocab_size}: it is not this model's tokenizer. Leave data.tokenizer out."
             )
+    faults += _kind_faults(config, built)
     if teacher is not None:
         ours, theirs = student.config, teacher.model.config
         if ours.vocab_size != theirs.vocab_size:
@@ -116,6 +128,34 @@ def _check_models(config: Config, built: Models) -> None:
             )
     if faults:
         raise ConfigError("\n  ".join(faults))
+
+
+def _kind_faults(config: Config, built: Models) -> list[str]:
+    """What is wrong where causal models and encoders meet: with each other, the objective or the tokenizer."""
+    loss, family, faults = config.loss, built.family, []
+    kind = f"{'causal' if family.causal else 'an encoder'} ({built.student.config.model_type})"
+    if family.causal and loss.mlm:
+        faults.append(
+            f"loss.mlm={loss.mlm}: the student is {kind} and predicts the next word. Give loss.clm the weight, and "
+            "loss.mlm 0."
+        )
+    if not family.causal and loss.clm:
+        faults.append(
+            f"loss.clm={loss.clm}: the student is {kind} and predicts masked words. Give loss.mlm the weight, and "
+            "loss.clm 0."
+        )
+    if built.teacher is not None and built.teacher.family.causal != family.causal:
+        taught_by = built.teacher.model.config.model_type
+        faults.append(
+            f"teacher.model: a {taught_by}, and the student is {kind}: one predicts the next word, the other masked "
+            "ones, and neither can teach the other. Use a recipe of the teacher's kind."
+        )
+    elif family.causal != built.tokenizer.vocabulary.is_causal:
+        faults.append(
+            f"tokenizer {built.tokenizer.folder} has {'a' if family.causal else 'no'} mask token, and the student is "
+            f"{kind}: it is not this model's tokenizer. Leave data.tokenizer out."
+        )
+    return faults
 
 
 def _other_tokenizer(config: Config, tokenizer: TextTokenizer) -> str | None:

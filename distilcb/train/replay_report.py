@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from distilcb.data.marked_text import MaskedWord, mark
+from distilcb.data.masking import Masked, Masking
 from distilcb.losses.triplet import TERMS, active_terms, weighted_loss
 from distilcb.train.build import Run
 from distilcb.train.by_sample import BySample
@@ -115,7 +116,10 @@ def describe_samples(run: Run, figures: BySample, step: int) -> tuple[list[Sampl
     positions = np.arange((step - 1) * size, step * size, dtype=np.int64)
     rows, epochs = data.order.row(positions), data.order.epoch(positions)
     blocks = data.blocks.read(rows)
-    masked = data.masking.apply(blocks, rows, epochs)
+    if isinstance(data.task, Masking):
+        masked = data.task.apply(blocks, rows, epochs)
+    else:  # a causal model reads the text as it is
+        masked = Masked(blocks, np.empty((size, 0), dtype=np.int64), np.empty((size, 0), dtype=np.int64))
 
     def named(terms: Any, grad_norm: float) -> dict[str, float]:
         means = dict(zip(TERMS, terms.tolist(), strict=True))

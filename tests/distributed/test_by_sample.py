@@ -123,7 +123,7 @@ def plain_sample(config, batch) -> tuple[dict[str, float], float]:
     hidden, teacher_hidden = ours.hidden_states[-1].flatten(0, 1), theirs.hidden_states[-1].flatten(0, 1)
     terms = {
         "kl": reference.soft_target_kl(logits, teacher_logits, temperature=loss.temperature) / len(logits),
-        "mlm": reference.masked_lm(logits[batch.masked_rows], batch.labels) / len(batch.labels),
+        "mlm": reference.masked_lm(logits[batch.labelled_rows], batch.labels) / len(batch.labels),
         "cos": reference.hidden_cosine(hidden, teacher_hidden) / len(logits),
     }
     sum(getattr(loss, term) * value for term, value in terms.items()).backward()

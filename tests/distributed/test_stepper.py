@@ -75,15 +75,15 @@ def plain_step(config: Config, *, untied: bool = False) -> tuple[dict[str, Tenso
     with torch.no_grad():
         theirs = teacher(batch.input_ids, output_hidden_states=True)
     logits, teacher_logits = ours.logits.flatten(0, 1), theirs.logits.flatten(0, 1)
-    soft = batch.masked_rows if loss.kl_positions == "masked" else torch.arange(len(logits))
+    soft = batch.labelled_rows if loss.kl_positions == "masked" else torch.arange(len(logits))
     terms = {
         "kl": reference.soft_target_kl(logits[soft], teacher_logits[soft], temperature=loss.temperature),
-        "mlm": reference.masked_lm(logits[batch.masked_rows], batch.labels),
+        "mlm": reference.masked_lm(logits[batch.labelled_rows], batch.labels),
         "cos": reference.hidden_cosine(ours.hidden_states[-1].flatten(0, 1), theirs.hidden_states[-1].flatten(0, 1)),
         "mse": reference.logit_mse(logits[soft], teacher_logits[soft]),
     }
     counts = {"kl": len(soft), "mlm": len(batch.labels), "cos": len(logits), "mse": len(soft)}
-    sum(getattr(loss, term) * terms[term] / counts[term] for term in TERMS).backward()
+    sum(getattr(loss, term) * terms[term] / counts[term] for term in terms).backward()
     return {name: weight.grad for name, weight in student.named_parameters()}, terms
 
 

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from distilcb.config import REPOSITORY, load_recipe
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.errors import ModelError
-from distilcb.models.loading import load_masked_lm
+from distilcb.models.loading import load_language_model
 from distilcb.models.student import build_student
 
 pytestmark = pytest.mark.launch
@@ -31,7 +31,7 @@ def camembert_base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teacher(camembert_base):
-    return load_masked_lm(str(camembert_base[0]), dtype=torch.float32)
+    return load_language_model(str(camembert_base[0]), dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +88,8 @@ def test_a_pickled_hub_folder_needs_leave(tmp_path):
     folder = tmp_path / "camembert-base"
     weights = write_camembert_base(folder, pickled=True)
     with pytest.raises(ModelError, match=r"--teacher\.allow_pickle true"):
-        load_masked_lm(str(folder), dtype=torch.float32)
-    model = load_masked_lm(str(folder), dtype=torch.float32, allow_pickle=True)
+        load_language_model(str(folder), dtype=torch.float32)
+    model = load_language_model(str(folder), dtype=torch.float32, allow_pickle=True)
     norm = model.roberta.encoder.layer[3].output.LayerNorm
     assert torch.equal(norm.weight, weights["roberta.encoder.layer.3.output.LayerNorm.gamma"])
     shutil.rmtree(folder)

@@ -8,6 +8,7 @@ from launcher_environments import clean_environ
 
 from distilcb.config import DEFAULT_RECIPE
 from distilcb.data.loader import Batch
+from distilcb.models.families import family_of
 
 VOCAB, HIDDEN, LONGEST, PAD, MASK = 101, 32, 40, 1, 4
 
@@ -23,7 +24,7 @@ def _one_thread():
 
 @pytest.fixture
 def tiny_model():
-    """Builds a masked language model in fp32, in eval mode, for 40 tokens at most: tiny_model("roberta", layers=3)."""
+    """Builds a language model in fp32, in eval mode, for 40 tokens at most: tiny_model("roberta", layers=3)."""
     return build_tiny_model
 
 
@@ -54,7 +55,7 @@ def parameters_of():
 
 
 def build_tiny_model(architecture="camembert", *, layers=4, seed=0, **config):
-    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers import AutoConfig
 
     settings = {
         "vocab_size": VOCAB,
@@ -68,7 +69,8 @@ def build_tiny_model(architecture="camembert", *, layers=4, seed=0, **config):
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(architecture, **(settings | config)))
+        made = AutoConfig.for_model(architecture, **(settings | config))
+        model = family_of(made, where="test").model_class().from_config(made)
         # Fresh biases are all 0 and layer norms all 1: models that swapped or forgot some would look alike.
         for parameter in model.parameters():
             parameter.data.add_(torch.randn_like(parameter), alpha=0.2)

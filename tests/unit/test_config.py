@@ -358,13 +358,13 @@ def test_several_faults_are_reported_together(recipe):
 
 def test_faults_between_settings_are_reported_together():
     tree = {
-        "loss": {"kl": 0, "mlm": 0, "cos": 0, "clm": 1},
+        "loss": {"kl": 0, "mlm": 1, "cos": 0, "clm": 1},
         "masking": {"mask_share": 0.9, "random_share": 0.2},
         "student": {"init_layers": [0, 1], "num_layers": 3},
     }
     told = faults_of(lambda: validate(tree))
-    assert told.startswith("4 faults:")
-    for part in ("every weight is 0", "loss.clm=1", "masking.mask_share=0.9", "student.num_layers=3"):
+    assert told.startswith("3 faults:")
+    for part in ("loss.mlm=1.0 and loss.clm=1.0", "masking.mask_share=0.9", "student.num_layers=3"):
         assert part in told
 
 
@@ -470,7 +470,8 @@ STUDENT_ALONE = {
     ("tree", "named"),
     [
         ({"loss": {"kl": 0, "mlm": 0, "cos": 0}}, ["loss", "every weight is 0"]),
-        ({"loss": {"clm": 0.1}}, ["loss.clm=0.1", "Use 0"]),
+        ({"loss": {"clm": 0.1}}, ["loss.mlm=0.2 and loss.clm=0.1", "Set one to 0"]),
+        ({"loss": {"kl": 0, "mlm": 0, "cos": 0}}, ["every weight is 0"]),
         (merged(STUDENT_ALONE, {"loss": {"kl": 1}}), ["teacher.model", "loss.kl"]),
         (merged(STUDENT_ALONE, {"loss": {"cos": 1}}), ["teacher.model", "loss.cos"]),
         (merged(STUDENT_ALONE, {"loss": {"mse": 1}}), ["teacher.model", "loss.mse"]),

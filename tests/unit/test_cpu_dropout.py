@@ -1,5 +1,6 @@
 """The student's dropout on a CPU, beside torch's own products and the definition of dropout."""
 
+import functools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distilcb.models.cpu_dropout import Dropout, attention, use_cpu_dropout
+from distilcb.models.families import FAMILIES, family_of
 
 SEQUENCES, HEADS, TOKENS, SIZE = 2, 3, 10, 4
 SCALING = SIZE**-0.5
@@ -20,9 +22,9 @@ def triple():
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
 
 
-def seeded_attention(query, key, value, *, dropout=0.25, seed=7):
+def seeded_attention(query, key, value, *, dropout=0.25, seed=7, causal=False):
     torch.manual_seed(seed)
-    return attention(query, key, value, dropout=dropout, scaling=SCALING)
+    return attention(query, key, value, dropout=dropout, scaling=SCALING, causal=causal)
 
 
 def dropped_weights(query, key, **settings):
@@ -43,9 +45,10 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_without_dropout_it_is_torchs_attention(triple):
-    ours = attention(*triple, dropout=0.0, scaling=SCALING)
-    torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(*triple))
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_dropout_it_is_torchs_attention(triple, causal):
+    ours = attention(*triple, dropout=0.0, scaling=SCALING, causal=causal)
+    torch.testing.assert_close(ours, torch.nn.functional.scaled_dot_product_attention(*triple, is_causal=causal))
 
 
 def test_a_weight_is_dropped_or_scaled_for_those_that_are(triple):
@@ -67,8 +70,9 @@ def test_gradients_are_those_of_the_same_weights_in_plain_torch(triple):
     torch.testing.assert_close(found, expected)
 
 
-def test_gradients_are_those_of_finite_differences(triple):
-    assert torch.autograd.gradcheck(seeded_attention, triple)
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_are_those_of_finite_differences(triple, causal):
+    assert torch.autograd.gradcheck(functools.partial(seeded_attention, causal=causal), triple)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -147,11 +151,31 @@ def student(tiny_model):
     return ours
 
 
-def test_a_model_trains_without_one_of_torchs_bernoulli_numbers(student, tiny_batch):
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_model_trains_without_one_of_torchs_bernoulli_numbers(tiny_model, tiny_batch, architecture):
+    plain = tiny_model(architecture)
+    family = family_of(plain.config, where="test")
+    family.set_dropout(plain.config, 0.5)
+    student = family.model_class().from_config(plain.config)
+    use_cpu_dropout(student)
     with Operators() as ran:
-        student.train()(input_ids=tiny_batch().input_ids).logits.sum().backward()
+        family.encode(student.train(), tiny_batch().input_ids).sum().backward()
     assert "random_" in ran.names
-    assert not {name for name in ran.names if "bernoulli" in name or "dropout" in name}
+    assert not {name for name in ran.names if "bernoulli" in name or "dropout" in name or "scaled_dot" in name}
+
+
+@torch.no_grad()
+def test_a_causal_model_looks_at_nothing_that_comes_later(tiny_model, tiny_batch):
+    model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
+    use_cpu_dropout(model)
+    ids = tiny_batch(blocks=1, length=16).input_ids
+    other = ids.clone()
+    other[:, 10:] = 7
+    found = []
+    for each in (ids, other):
+        torch.manual_seed(4)
+        found.append(model(input_ids=each, use_cache=False).logits[:, :10])
+    assert torch.equal(*found)
 
 
 def test_out_of_training_a_model_is_what_it_was(tiny_model, student, tiny_batch):

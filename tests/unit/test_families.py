@@ -1,5 +1,6 @@
 """The parts of each architecture against the transformers model as a whole."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
+from distilcb.config import REPOSITORY
 from distilcb.errors import ModelError
+from distilcb.models import families
 from distilcb.models.families import FAMILIES, family_of
 
-architectures = pytest.mark.parametrize("architecture", ["camembert", "roberta"])
+architectures = pytest.mark.parametrize(
+    "architecture", ["camembert", "roberta", "xlm-roberta", "bert", "distilbert", "gpt2"]
+)
 
 
 def logits_by_family(model, ids):
@@ -89,13 +94,21 @@ def test_the_longest_block_is_what_the_model_accepts_and_one_more_token_is_not(t
             run(random_ids(model, longest + 1))
 
 
-def test_roberta_and_camembert_read_512_tokens():
-    for name, family in FAMILIES.items():
-        assert family.max_seq_len(AutoConfig.for_model(name, max_position_embeddings=514, pad_token_id=1)) == 512
+def test_all_of_them_read_512_tokens_at_their_real_size():
+    for name, positions in {
+        "camembert": 514,
+        "roberta": 514,
+        "xlm-roberta": 514,
+        "bert": 512,
+        "distilbert": 512,
+    }.items():
+        config = AutoConfig.for_model(name, max_position_embeddings=positions, pad_token_id=1)
+        assert FAMILIES[name].max_seq_len(config) == 512
 
 
-def test_layers_and_what_is_beside_them_hold_every_parameter_once(tiny_model):
-    model = tiny_model(layers=3)
+@architectures
+def test_layers_and_what_is_beside_them_hold_every_parameter_once(tiny_model, architecture):
+    model = tiny_model(architecture, layers=3)
     family = family_of(model.config, where="test")
     parts = [*family.layers(model), *family.beside_layers(model)]
     found = {id(parameter) for part in parts for parameter in part.parameters()}
@@ -104,8 +117,8 @@ def test_layers_and_what_is_beside_them_hold_every_parameter_once(tiny_model):
 
 
 def test_another_architecture_is_refused_with_the_names_of_those_supported():
-    with pytest.raises(ModelError, match=r"teacher: model_type 'gpt2' is not supported.*camembert, roberta"):
-        family_of(AutoConfig.for_model("gpt2"), where="teacher")
+    with pytest.raises(ModelError, match=r"teacher: model_type 't5' is not supported.*camembert, roberta"):
+        family_of(AutoConfig.for_model("t5"), where="teacher")
 
 
 def test_a_configuration_without_a_model_type_is_refused():
@@ -119,7 +132,8 @@ def test_another_depth_leaves_the_configuration_it_was_made_from_alone(tiny_mode
     shallower = family_of(config, where="test").with_layers(config, 2)
     assert (shallower.num_hidden_layers, config.num_hidden_layers) == (2, 4)
     assert type(shallower) is type(config)
-    assert shallower.to_dict() == config.to_dict() | {"num_hidden_layers": 2}
+    depth = {"distilbert": "n_layers", "gpt2": "n_layer"}.get(architecture, "num_hidden_layers")
+    assert shallower.to_dict() == config.to_dict() | {depth: 2}
 
 
 def test_dropout_that_is_set_reaches_hidden_states_and_attention():
@@ -136,7 +150,24 @@ def test_dropout_is_the_larger_of_the_two(hidden, attention, largest):
 
 @architectures
 def test_a_model_with_dropout_0_is_the_same_in_training_mode(tiny_model, architecture):
-    model = tiny_model(architecture, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    config = tiny_model(architecture).config
+    family_of(config, where="test").set_dropout(config, 0.0)
+    assert family_of(config, where="test").dropout(config) == 0
+    model = family_of(config, where="test").model_class().from_config(config).eval()
     ids = random_ids(model, 20)
     in_eval_mode = logits_by_family(model, ids)
     assert torch.equal(logits_by_family(model.train(), ids), in_eval_mode)
+
+
+@torch.no_grad()
+def test_the_family_that_the_documentation_adds_works(tiny_model, monkeypatch):
+    text = (REPOSITORY / "docs" / "families.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    monkeypatch.setattr(families, "FAMILIES", families.FAMILIES | {})
+    exec(code, vars(families) | {"FAMILIES": families.FAMILIES})
+    model = tiny_model("ernie", layers=3)
+    ids = random_ids(model, 20)
+    assert torch.equal(logits_by_family(model, ids), model(ids).logits)
+    family = family_of(model.config, where="test")
+    parts = [*family.layers(model), *family.beside_layers(model)]
+    assert {id(p) for part in parts for p in part.parameters()} == {id(p) for p in model.parameters()}

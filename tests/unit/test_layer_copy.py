@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 
+from distilcb.config import StudentConfig
 from distilcb.errors import ConfigError, ModelError
 from distilcb.models.families import family_of
 from distilcb.models.layer_copy import copy_weights, spread_layers
+from distilcb.models.student import build_student
 
 DEPTHS = [(source, target) for source in range(1, 25) for target in range(1, 25)]
 
@@ -52,11 +54,16 @@ def test_the_same_depth_is_the_identity():
         assert spread_layers(depth, depth) == tuple(range(depth))
 
 
+def copy_between(source, target, layers):
+    families = [family_of(model.config, where="test") for model in (source, target)]
+    copy_weights(source, families[0], target, families[1], layers)
+
+
 def copied(tiny_model, layers, *, source_layers=4, architecture="camembert", **config):
     """A source, and a target of other random weights after the copy."""
     source = tiny_model(architecture, layers=source_layers, seed=1, **config)
     target = tiny_model(architecture, layers=len(layers), seed=2, **config)
-    copy_weights(source, target, family_of(source.config, where="test"), layers)
+    copy_between(source, target, layers)
     return source, target
 
 
@@ -93,7 +100,7 @@ def test_a_student_of_the_same_depth_gives_the_teachers_logits_exactly(tiny_mode
 
 def test_a_copy_of_a_half_precision_source_holds_its_values_in_fp32(tiny_model):
     source, target = tiny_model(layers=2, seed=1).half(), tiny_model(layers=2, seed=2)
-    copy_weights(source, target, family_of(source.config, where="test"), (0, 1))
+    copy_between(source, target, (0, 1))
     wanted = source.state_dict()
     for name, value in target.state_dict().items():
         assert value.dtype == torch.float32
@@ -127,11 +134,53 @@ def test_a_layer_that_the_source_lacks_is_a_config_error_that_names_it(tiny_mode
 def test_a_map_of_another_length_is_a_config_error_that_names_both(tiny_model):
     source, target = tiny_model(layers=4), tiny_model(layers=2)
     with pytest.raises(ConfigError, match=r"init_layers=\[0, 1, 3\] lists 3 layers, the student has 2"):
-        copy_weights(source, target, family_of(source.config, where="test"), (0, 1, 3))
+        copy_between(source, target, (0, 1, 3))
 
 
 @pytest.mark.parametrize("other", [{"hidden_size": 16}, {"intermediate_size": 24}, {"vocab_size": 90}])
 def test_models_of_other_sizes_are_a_model_error(tiny_model, other):
     source, target = tiny_model(layers=2), tiny_model(layers=2, **other)
     with pytest.raises(ModelError, match=r"differs from the source's: size mismatch for .*Only the depth may differ"):
-        copy_weights(source, target, family_of(source.config, where="test"), (0, 1))
+        copy_between(source, target, (0, 1))
+
+
+@torch.no_grad()
+def test_a_distilbert_as_deep_as_its_bert_computes_the_same(tiny_model):
+    """So every weight of it is in its place, the first segment's embedding among them."""
+    source = tiny_model("bert", layers=3, type_vocab_size=2)
+    student, family = build_student(
+        StudentConfig(architecture="distilbert", init_layers=(0, 1, 2)), teacher=source, vocab_size=101, seed=0
+    )
+    assert type(student).__name__ == "DistilBertForMaskedLM"
+    ids = torch.randint(5, 100, (3, 20))
+    torch.testing.assert_close(student.eval()(ids).logits, source(ids).logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(family.decoder(student)[0], source.get_input_embeddings().weight)
+
+
+def test_a_student_of_half_the_depth_has_the_layers_that_were_chosen(tiny_model):
+    source = tiny_model("bert", layers=4)
+    config = StudentConfig(architecture="distilbert", init_layers=(1, 3))
+    student, family = build_student(config, teacher=source, vocab_size=101, seed=0)
+    for own, layer in zip(family.layers(student), (1, 3), strict=True):
+        theirs = source.bert.encoder.layer[layer]
+        assert torch.equal(own.attention.out_lin.weight, theirs.attention.output.dense.weight)
+        assert torch.equal(own.ffn.lin2.bias, theirs.output.dense.bias)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "asked", "said"),
+    [
+        ("camembert", "distilbert", "a camembert teacher has no student of this kind"),
+        ("bert", "camembert", "a bert teacher has no student of this kind"),
+        ("bert", "distilbart", "student.architecture='distilbart' is none of camembert, roberta"),
+    ],
+)
+def test_a_student_of_a_kind_that_the_teacher_cannot_have_is_told(tiny_model, teacher, asked, said):
+    with pytest.raises(ConfigError, match=said):
+        build_student(StudentConfig(architecture=asked), teacher=tiny_model(teacher), vocab_size=101, seed=0)
+
+
+def test_layer_norms_that_distilbert_cannot_have_are_told(tiny_model):
+    source = tiny_model("bert", layer_norm_eps=1e-5)
+    with pytest.raises(ConfigError, match="DistilBERT's layer norms have epsilon 1e-12, the teacher's 1e-05"):
+        build_student(StudentConfig(architecture="distilbert"), teacher=source, vocab_size=101, seed=0)

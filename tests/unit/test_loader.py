@@ -1,7 +1,6 @@
 """A rank's share of a global batch: the same samples with the same masks, however the batch is cut."""
 
 import pickle
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from distilcb.data.prepare import prepare
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
 
 MASK, SEQ_LEN, ROWS = 99, 16, 100
+TENSORS = ("input_ids", "labels", "labelled_rows", "other_rows")
 VOCABULARY = Vocabulary(
     size=100,
     bos_id=0,
@@ -69,13 +69,14 @@ def step_of_all_ranks(step, *, global_batch, micro_batch, world_size, **settings
 def restore(batch):
     """The blocks of a batch before they were masked."""
     tokens = batch.input_ids.clone().view(-1)
-    tokens[batch.masked_rows] = batch.labels
+    tokens[batch.labelled_rows] = batch.labels
     return tokens.view_as(batch.input_ids)
 
 
 def assert_same(first, second):
-    for field in fields(first):
-        assert torch.equal(getattr(first, field.name), getattr(second, field.name)), field.name
+    for name in TENSORS:
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+    assert first.label_factor == second.label_factor
 
 
 # How a global batch is cut
@@ -158,15 +159,16 @@ def test_masked_and_other_rows_together_are_all_rows_and_labels_stand_at_the_mas
     masking, rows = masker(whole_word=whole_word), np.array([7, 3, 50, 7, 99])
     batch = make_batch(masking, BLOCKS.read(rows), rows, np.array([0, 0, 1, 2, 3]))
     assert batch.input_ids.shape == (5, SEQ_LEN)
-    assert batch.labels.shape == batch.masked_rows.shape == (5 * masking.k,)
+    assert batch.labels.shape == batch.labelled_rows.shape == (5 * masking.k,)
     assert batch.other_rows.shape == (5 * (SEQ_LEN - masking.k),)
-    together = torch.cat([batch.masked_rows, batch.other_rows])
+    together = torch.cat([batch.labelled_rows, batch.other_rows])
     assert torch.equal(together.sort().values, torch.arange(5 * SEQ_LEN))
     flat = torch.from_numpy(BLOCKS.tokens[rows]).reshape(-1)
-    assert torch.equal(batch.labels, flat[batch.masked_rows])
+    assert torch.equal(batch.labels, flat[batch.labelled_rows])
     assert torch.equal(batch.input_ids.view(-1)[batch.other_rows], flat[batch.other_rows])
-    assert torch.equal(batch.masked_rows // SEQ_LEN, torch.arange(5).repeat_interleave(masking.k))
-    assert {getattr(batch, field.name).dtype for field in fields(batch)} == {torch.int64}
+    assert torch.equal(batch.labelled_rows // SEQ_LEN, torch.arange(5).repeat_interleave(masking.k))
+    assert {getattr(batch, name).dtype for name in TENSORS} == {torch.int64}
+    assert batch.label_factor == 1.0
 
 
 def test_special_tokens_are_among_the_other_rows():
@@ -276,7 +278,7 @@ def heldout(number, *, micro_batch, world_size, rows=ROWS):
         batches = HeldoutBatches(
             NumberedBlocks(rows), masker(), micro_batch=micro_batch, rank=rank, world_size=world_size
         )
-        for batch in batches.masking_number(number):
+        for batch in batches.looking(number, of=8):
             assert len(batch.input_ids) <= micro_batch
             for original, ids in zip(restore(batch).tolist(), batch.input_ids.tolist(), strict=True):
                 assert tuple(original) not in seen

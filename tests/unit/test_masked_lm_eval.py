@@ -16,7 +16,7 @@ from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import evaluate
 from distilcb.losses import head
 from distilcb.models.families import family_of
-from distilcb.models.loading import load_masked_lm
+from distilcb.models.loading import load_language_model
 from distilcb.models.teacher import Teacher
 
 CPU = torch.device("cpu")
@@ -62,8 +62,8 @@ def teacher(tiny_model):
 def masked_log_probs(model, batches, number):
     """(words, vocab) in float64, and the words, of one masking, from the transformers model's full logits."""
     rows, labels = [], []
-    for batch in batches.masking_number(number):
-        rows.append(model(batch.input_ids).logits.flatten(0, 1)[batch.masked_rows])
+    for batch in batches.looking(number, of=3):
+        rows.append(model(batch.input_ids).logits.flatten(0, 1)[batch.labelled_rows])
         labels.append(batch.labels)
     return torch.cat(rows).double().log_softmax(-1), torch.cat(labels)
 
@@ -127,7 +127,7 @@ def test_without_a_teacher_there_are_the_students_own_figures_alone(student, tea
 class HandmadeBatches:
     """Masking 0 hides the words 7 7 7 8, masking 1 hides 7 8 8 8."""
 
-    def masking_number(self, number):
+    def looking(self, number, *, of):
         labels = [[7, 7, 7, 8], [7, 8, 8, 8]][number]
         ids, rows = torch.full((1, 8), 9), torch.tensor([1, 3, 4, 6])
         ids[0, rows] = 4
@@ -191,8 +191,8 @@ def test_figures_do_not_depend_on_how_many_rows_the_head_takes_at_once(student, 
 
 
 def test_ranks_share_the_blocks_without_loss_or_double():
-    whole = [batch.labels for batch in heldout(micro_batch=1).masking_number(0)]
-    shares = [list(heldout(micro_batch=1, rank=rank, world_size=3).masking_number(0)) for rank in range(3)]
+    whole = [batch.labels for batch in heldout(micro_batch=1).looking(0, of=1)]
+    shares = [list(heldout(micro_batch=1, rank=rank, world_size=3).looking(0, of=1)) for rank in range(3)]
     dealt = [shares[number % 3][number // 3].labels for number in range(BLOCKS)]
     assert sum(map(len, shares)) == BLOCKS
     assert all(torch.equal(one, other) for one, other in zip(whole, dealt, strict=True))
@@ -228,7 +228,7 @@ SENTENCES = (
 @pytest.fixture(scope="module")
 def mini(mini_teacher):
     """The shipped teacher in fp32, its family and its tokenizer."""
-    model = load_masked_lm(mini_teacher, dtype=torch.float32)
+    model = load_language_model(mini_teacher, dtype=torch.float32)
     return model, family_of(model.config, where="mini"), load_tokenizer(mini_teacher)
 
 

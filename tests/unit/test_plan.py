@@ -75,7 +75,8 @@ def test_activations_are_those_that_the_models_keep(layers, dropout, checkpointi
     found = kept_bytes(model, torch.randint(7, 300, (4, 128)))
 
     def planned(layers, checkpointing):
-        sizes = ModelSizes(replace(shape_of(made), layers=layers), 0, 0, 4, dropout)
+        shape = replace(shape_of(made, feed_forward_size=made.intermediate_size), layers=layers)
+        sizes = ModelSizes(shape, 0, 0, 4, dropout)
         settings = ("--data.seq_len", "128", "--train.activation_checkpointing", str(checkpointing).lower())
         return activation_bytes(sizes, 2, "cpu", config(*settings))
 

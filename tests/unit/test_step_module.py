@@ -13,7 +13,7 @@ from distilcb.models.families import family_of
 from distilcb.models.teacher import Teacher
 
 BLOCKS, LENGTH, MASKED = 3, 16, 4
-COUNTS = Counts(attended=BLOCKS * LENGTH, masked=BLOCKS * MASKED)
+COUNTS = Counts(attended=BLOCKS * LENGTH, labelled=BLOCKS * MASKED)
 
 LOSSES = {
     "published": LossConfig(),
@@ -63,11 +63,11 @@ def logits_and_hidden(model, ids):
 def plain_sums(student, teacher_model, loss, batch):
     """Each term's sum from the models' own full logits, without regard to its weight."""
     logits, hidden = logits_and_hidden(student, batch.input_ids)
-    sums = {"mlm": reference.masked_lm(logits[batch.masked_rows], batch.labels)}
+    sums = {"mlm": reference.masked_lm(logits[batch.labelled_rows], batch.labels)}
     if teacher_model is not None:
         with torch.no_grad():
             teacher_logits, teacher_hidden = logits_and_hidden(teacher_model, batch.input_ids)
-        rows = batch.masked_rows if loss.kl_positions == "masked" else slice(None)
+        rows = batch.labelled_rows if loss.kl_positions == "masked" else slice(None)
         sums["kl"] = reference.soft_target_kl(logits[rows], teacher_logits[rows], temperature=loss.temperature)
         sums["mse"] = reference.logit_mse(logits[rows], teacher_logits[rows])
         sums["cos"] = reference.hidden_cosine(hidden, teacher_hidden)
@@ -153,7 +153,7 @@ def test_a_teacher_of_another_width_and_architecture_can_teach_its_distribution(
     sums = {
         "kl": reference.soft_target_kl(logits, theirs, temperature=loss.temperature),
         "mse": reference.logit_mse(logits, theirs),
-        "mlm": reference.masked_lm(logits[batch.masked_rows], batch.labels),
+        "mlm": reference.masked_lm(logits[batch.labelled_rows], batch.labels),
     }
     assert value.item() == pytest.approx(plain_loss(sums, loss).item(), rel=1e-5)
 
@@ -183,24 +183,24 @@ def test_two_halves_of_a_batch_add_up_to_the_whole(student, teacher_model, tiny_
 def halves(batch):
     """The two blocks of a batch, each as a batch."""
     for block in range(2):
-        here = batch.masked_rows // LENGTH == block
+        here = batch.labelled_rows // LENGTH == block
         others = batch.other_rows[batch.other_rows // LENGTH == block]
         yield type(batch)(
             batch.input_ids[block : block + 1],
             batch.labels[here],
-            batch.masked_rows[here] - block * LENGTH,
+            batch.labelled_rows[here] - block * LENGTH,
             others - block * LENGTH,
         )
 
 
 def test_soft_rows_are_all_rows_once_with_the_masked_ones_first(batch):
     rows = soft_rows(batch, LossConfig(kl_positions="attended"))
-    assert torch.equal(rows[: batch.labels.numel()], batch.masked_rows)
+    assert torch.equal(rows[: batch.labels.numel()], batch.labelled_rows)
     assert torch.equal(rows.sort().values, torch.arange(BLOCKS * LENGTH))
 
 
 def test_soft_rows_are_the_masked_ones_alone_where_the_recipe_says_so(batch):
-    assert torch.equal(soft_rows(batch, LossConfig(kl_positions="masked")), batch.masked_rows)
+    assert torch.equal(soft_rows(batch, LossConfig(kl_positions="masked")), batch.labelled_rows)
 
 
 def test_without_kl_and_mse_there_are_no_soft_rows(batch):

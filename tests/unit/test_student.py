@@ -31,7 +31,7 @@ def equal_layers(student, source, layers):
 
 def learn_something(model, batch):
     """Gradients of the masked words' loss."""
-    logits = model(batch.input_ids).logits.flatten(0, 1)[batch.masked_rows]
+    logits = model(batch.input_ids).logits.flatten(0, 1)[batch.labelled_rows]
     torch.nn.functional.cross_entropy(logits, batch.labels).backward()
 
 
@@ -55,6 +55,26 @@ def test_layers_are_spread_over_the_teacher_unless_told_otherwise(tiny_model):
 def test_init_layers_decide_depth_and_source(tiny_model):
     teacher = tiny_model(layers=4)
     assert equal_layers(build(teacher, init_layers=(3, 0, 1)), teacher, [3, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_layers", "layers"),
+    [
+        ("first_of_pairs", None, [0, 2, 4]),
+        ("last_of_pairs", None, [1, 3, 5]),
+        ("first_of_pairs", 2, [0, 3]),
+        ("last_of_pairs", 2, [2, 5]),
+        ("last_of_pairs", 4, [0, 2, 3, 5]),
+    ],
+)
+def test_layers_can_be_the_first_or_last_of_their_neighbours(tiny_model, asked, num_layers, layers):
+    teacher = tiny_model(layers=6)
+    assert equal_layers(build(teacher, init_layers=asked, num_layers=num_layers), teacher, layers)
+
+
+def test_groups_of_more_layers_than_there_are_is_a_config_error(tiny_model):
+    with pytest.raises(ConfigError, match="the source has 2 layers, the student 3"):
+        build(tiny_model(layers=2), init_layers="last_of_pairs", num_layers=3)
 
 
 def test_a_layer_that_the_teacher_lacks_is_a_config_error(tiny_model):
@@ -212,11 +232,27 @@ def test_a_student_with_dropout_0_is_the_same_in_training_mode(tiny_model, tiny_
     assert torch.equal(student.train()(ids).logits, student.eval()(ids).logits)
 
 
-def test_frozen_position_embeddings_get_no_gradient_and_all_else_does(tiny_model, tiny_batch):
-    student = build(tiny_model(), freeze_position_embeddings=True)
+@pytest.mark.parametrize(
+    ("architecture", "student_of_it", "positions"),
+    [
+        ("camembert", None, "roberta.embeddings.position_embeddings.weight"),
+        ("roberta", None, "roberta.embeddings.position_embeddings.weight"),
+        ("xlm-roberta", None, "roberta.embeddings.position_embeddings.weight"),
+        ("bert", "distilbert", "distilbert.embeddings.position_embeddings.weight"),
+        ("gpt2", None, "transformer.wpe.weight"),
+    ],
+)
+def test_frozen_position_embeddings_do_not_move_and_all_else_does(
+    tiny_model, tiny_batch, parameters_of, architecture, student_of_it, positions
+):
+    teacher = tiny_model(architecture)
+    student = build(teacher, freeze_position_embeddings=True, architecture=student_of_it)
+    before = parameters_of(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     learn_something(student, tiny_batch())
-    without = [name for name, parameter in student.named_parameters() if parameter.grad is None]
-    assert without == ["roberta.embeddings.position_embeddings.weight"]
+    optimizer.step()
+    stayed = [name for name, weight in student.named_parameters() if torch.equal(weight, before[name])]
+    assert [name for name in stayed if "key.bias" not in name and "k_lin.bias" not in name] == [positions]
 
 
 def test_position_embeddings_learn_unless_frozen(tiny_model, tiny_batch):

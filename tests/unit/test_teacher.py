@@ -27,14 +27,14 @@ def test_a_teacher_is_in_eval_mode_and_its_weights_ask_for_no_gradient(model):
 
 def test_nothing_that_a_teacher_gives_requires_a_gradient(model, tiny_batch):
     batch = tiny_batch()
-    output = Teacher(model)(batch.input_ids, batch.masked_rows, wants_hidden=True)
+    output = Teacher(model)(batch.input_ids, batch.labelled_rows, wants_hidden=True)
     for tensor in (output.hidden, output.features, *output.decoder):
         assert not tensor.requires_grad
 
 
 def test_what_a_teacher_gives_can_be_saved_for_a_students_backward(model, tiny_batch):
     batch = tiny_batch()
-    output = Teacher(model)(batch.input_ids, batch.masked_rows, wants_hidden=True)
+    output = Teacher(model)(batch.input_ids, batch.labelled_rows, wants_hidden=True)
     student_hidden = torch.ones_like(output.hidden, requires_grad=True)
     (student_hidden * output.hidden).sum().backward()
     assert torch.equal(student_hidden.grad, output.hidden)
@@ -42,7 +42,7 @@ def test_what_a_teacher_gives_can_be_saved_for_a_students_backward(model, tiny_b
 
 def test_dropout_does_not_touch_a_teacher(model, tiny_batch):
     teacher, batch = Teacher(model.train()), tiny_batch()
-    first, second = (teacher(batch.input_ids, batch.masked_rows, wants_hidden=True) for _ in range(2))
+    first, second = (teacher(batch.input_ids, batch.labelled_rows, wants_hidden=True) for _ in range(2))
     assert torch.equal(first.hidden, second.hidden)
     assert torch.equal(first.features, second.features)
 
@@ -50,7 +50,7 @@ def test_dropout_does_not_touch_a_teacher(model, tiny_batch):
 def test_running_a_teacher_leaves_its_weights_alone(model, parameters_of, tiny_batch):
     before = parameters_of(model)
     batch = tiny_batch()
-    Teacher(model)(batch.input_ids, batch.masked_rows, wants_hidden=True)
+    Teacher(model)(batch.input_ids, batch.labelled_rows, wants_hidden=True)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -63,27 +63,27 @@ def test_rows_come_in_the_order_asked_for(model, tiny_batch):
     torch.testing.assert_close(logits_of(output), wanted)
 
 
-def test_the_head_runs_on_masked_rows_alone_where_only_they_are_asked_for(model, tiny_batch):
+def test_the_head_runs_on_labelled_rows_alone_where_only_they_are_asked_for(model, tiny_batch):
     batch = tiny_batch(blocks=2, masked=3)
     seen = []
     model.lm_head.dense.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[0]))
-    output = Teacher(model)(batch.input_ids, batch.masked_rows, wants_hidden=False)
+    output = Teacher(model)(batch.input_ids, batch.labelled_rows, wants_hidden=False)
     assert seen == [6]
     assert output.features.shape == (6, HIDDEN)
-    wanted = model(batch.input_ids).logits.flatten(0, 1)[batch.masked_rows]
+    wanted = model(batch.input_ids).logits.flatten(0, 1)[batch.labelled_rows]
     torch.testing.assert_close(logits_of(output), wanted)
 
 
 def test_hidden_states_are_the_models_last_ones_of_every_row(model, tiny_batch):
     batch = tiny_batch(blocks=2, length=16)
-    output = Teacher(model)(batch.input_ids, batch.masked_rows, wants_hidden=True)
+    output = Teacher(model)(batch.input_ids, batch.labelled_rows, wants_hidden=True)
     wanted = model.roberta(batch.input_ids).last_hidden_state
     assert torch.equal(output.hidden, wanted.reshape(32, HIDDEN))
 
 
 def test_what_no_term_needs_is_not_given(model, tiny_batch):
     batch = tiny_batch()
-    assert Teacher(model)(batch.input_ids, batch.masked_rows, wants_hidden=False).hidden is None
+    assert Teacher(model)(batch.input_ids, batch.labelled_rows, wants_hidden=False).hidden is None
     assert Teacher(model)(batch.input_ids, None, wants_hidden=True).features is None
 
 

@@ -207,10 +207,9 @@ def test_places_that_no_text_fills_count_as_special(tmp_path):
     assert vocabulary.special_ids.tolist() == [1, 2, 3, 4, *unused, gap]
 
 
-def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path):
-    tokenizer = wordpiece(tmp_path, PIECES, mask_token=None)
-    with pytest.raises(ModelError, match="has no mask token"):
-        _ = tokenizer.vocabulary
+def test_a_tokenizer_without_a_mask_token_is_a_causal_models(tmp_path):
+    assert wordpiece(tmp_path, PIECES, mask_token=None).vocabulary.is_causal
+    assert not wordpiece(tmp_path, PIECES).vocabulary.is_causal
 
 
 def test_a_tokenizer_without_separators_is_refused_naming_both(tmp_path):
