@@ -15,19 +15,17 @@ from distilcb.errors import ConfigError
 
 def main(words: list[str]) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", help="run folder, such as runs/mini")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest good one)")
     parser.add_argument("--untrained", action="store_true", help="the student of a recipe, with its first weights")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     if "--untrained" in words:
         options, settings = parser.parse_known_args(words)
-        if options.run or options.step is not None:
-            raise ConfigError("--untrained takes a --recipe, and no run folder or --step.")
         config = parse_command_line([*settings, "--dry_run"]).config  # which needs no text
         from distilcb.train.export import export_untrained
 
         print(f"student: {export_untrained(config, options.output)}")
         return
+    parser.add_argument("run", type=Path, nargs="?", help="run folder, such as runs/mini")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest good one)")
     options = parser.parse_args(words)
     if options.run is None:
         raise ConfigError("needed a run folder, such as runs/mini, or --untrained and a --recipe.")

@@ -272,8 +272,11 @@ class _Packer:
         blocks = np.empty((count, self.seq_len), dtype=np.int64)
         blocks[:, :1], blocks[:, -1:] = self.vocabulary.bos_id, self.vocabulary.eos_id
         blocks[:, outer : self.seq_len - outer] = stream[: count * inner].reshape(count, inner)
-        # A mask takes up to half of a block's tokens, and none that is special: a block of <unk> could not give them.
-        usable = (~self._special[blocks]).sum(1) >= inner // 2 + 1
+        if self.vocabulary.is_causal:  # one token at least that has a next one
+            usable = (blocks[:, :-1] != self.vocabulary.eos_id).any(1)
+        else:
+            # A mask takes up to half of a block's tokens, and none that is special: a block of <unk> cannot give them.
+            usable = (~self._special[blocks]).sum(1) >= inner // 2 + 1
         self.dropped_blocks += int(count - usable.sum())
         return blocks[usable]
 

@@ -118,22 +118,29 @@ def _figures(sums: Tensor, *, with_teacher: bool, term: str) -> dict[str, Figure
     sums = sums[sums[:, 0] > 0]  # a short text has less than a block for each part
     words = sums[:, 0]
     means = {name: sums[:, column] / words for column, name in enumerate(_COLUMNS) if column}
-    student = _prediction(means["student_nll"], means["student_right"], term)
+    # Maskings ask for equally many words each; parts of a text do not.
+    shares = words / words.sum() if term == "clm" else torch.full_like(words, 1 / len(words))
+    student = _prediction(means["student_nll"], means["student_right"], shares, term)
     if not with_teacher:
         return {"student": student}
     for name in ("kl", "agreement"):
-        student[name] = means[name].mean().item()
+        student[name] = _mean(means[name], shares)
         student["standard_error"][name] = _standard_error(means[name])
-    return {"student": student, "teacher": _prediction(means["teacher_nll"], means["teacher_right"], term)}
+    return {"student": student, "teacher": _prediction(means["teacher_nll"], means["teacher_right"], shares, term)}
 
 
-def _prediction(nll: Tensor, right: Tensor, term: str) -> Figures:
-    loss, error = nll.mean().item(), _standard_error(nll)
+def _mean(values: Tensor, shares: Tensor) -> float:
+    alike = bool((shares == shares[0]).all())  # torch's own mean, whose last bit logged figures have
+    return (values.mean() if alike else (values * shares).sum()).item()
+
+
+def _prediction(nll: Tensor, right: Tensor, shares: Tensor, term: str) -> Figures:
+    loss, error = _mean(nll, shares), _standard_error(nll)
     perplexity = math.exp(min(loss, 700.0))
     return {
         f"{term}_loss": loss,
         "perplexity": perplexity,
-        f"{term}_accuracy": right.mean().item(),
+        f"{term}_accuracy": _mean(right, shares),
         "standard_error": {
             f"{term}_loss": error,
             "perplexity": perplexity * error,

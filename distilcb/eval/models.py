@@ -71,6 +71,13 @@ def evaluate_models(
     for name in models:
         model = load_language_model(name, dtype=_dtype()).to(device())
         family = family_of(model.config, where=name)
+        if family.causal != tokenizer.vocabulary.is_causal:
+            raise ConfigError(
+                f"{name} is {'causal' if family.causal else 'an encoder'} ({model.config.model_type}), and its "
+                f"tokenizer has {'no' if tokenizer.vocabulary.is_causal else 'a'} mask token: they do not go together."
+            )
+        if taught_by is not None and taught_by.family.causal != family.causal:
+            raise ConfigError(f"{name} and {teacher}: one predicts the next word, the other masked ones.")
         if seq_len > family.max_seq_len(model.config):
             raise ConfigError(f"seq_len={seq_len}: {name} has positions for {family.max_seq_len(model.config)} tokens.")
         batches = fixed_heldout_batches(

@@ -30,8 +30,8 @@ def model_card(config: Any, facts: CardFacts, mask_token: str | None = "<mask>")
     """The card's Markdown, front matter included. mask_token: the tokenizer's; None where the model is causal."""
     causal = mask_token is None
     task = "text-generation" if causal else "fill-mask"
-    before, _, after = facts.example.partition("<mask>")
-    example = before.rstrip() if mask_token is None else f"{before}{mask_token}{after}"
+    before = facts.example.partition("<mask>")[0].rstrip()
+    example = before if mask_token is None else facts.example.replace("<mask>", mask_token)
     front = {
         "library_name": "transformers",
         "pipeline_tag": task,

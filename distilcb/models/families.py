@@ -261,6 +261,14 @@ class Gpt2(Family):
     def max_seq_len(self, config: Any) -> int:
         return config.n_positions
 
+    def with_layers(self, config: Any, num_layers: int) -> Any:
+        if config.scale_attn_by_inverse_layer_idx and num_layers != config.num_hidden_layers:
+            raise ConfigError(
+                "this GPT-2 divides its attention by the layer's number (scale_attn_by_inverse_layer_idx), and a "
+                "copied layer would have another one: no student of another depth can be made of it."
+            )
+        return super().with_layers(config, num_layers)
+
     def set_dropout(self, config: Any, dropout: float) -> None:
         config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = dropout
 

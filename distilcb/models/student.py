@@ -40,8 +40,8 @@ def build_student(student: StudentConfig, *, teacher: Any | None, vocab_size: in
     model = _random_model(family, config, seed)
     if source is not None:
         source_family = family_of(source.config, where="student.init")
-        if source_family is family:
-            _refuse_other_shape(source.config, config)
+        alike = type(source_family) is type(family)
+        _refuse_other_shape(source.config if alike else family.config_like(source.config), config)
         depths = (source.config.num_hidden_layers, config.num_hidden_layers)
         layers = source_layers_of(student.init_layers, *depths)
         copy_weights(source, source_family, model, family, layers)
@@ -83,7 +83,11 @@ def _depth(student: StudentConfig, teacher: Any | None, source: Any | None, temp
 
 
 # Settings under which the same weights compute something else.
-_SHAPE = ("num_attention_heads", "hidden_act", "layer_norm_eps", "pad_token_id", "tie_word_embeddings")
+_SHAPE = (
+    *("num_attention_heads", "pad_token_id", "tie_word_embeddings"),
+    *("hidden_act", "activation", "activation_function", "layer_norm_eps", "layer_norm_epsilon"),
+    *("sinusoidal_pos_embds", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+)
 
 
 def _refuse_other_shape(source: Any, config: Any) -> None:

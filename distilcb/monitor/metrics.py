@@ -90,6 +90,8 @@ class Window:
     def restore(self, state: dict[str, Any], *, rank: int, world_size: int) -> None:
         """Go on with a window that was open when the checkpoint was saved, on any number of ranks."""
         rows = torch.tensor(state["sums"], dtype=torch.float64)
+        # A checkpoint of an earlier version knows fewer terms; new ones stand last.
+        rows = torch.nn.functional.pad(rows, (0, self.sums.numel() - rows.shape[1]))
         if len(rows) == world_size:
             self.sums += rows[rank].to(self.sums.device)
         elif rank == 0:

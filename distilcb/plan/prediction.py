@@ -169,8 +169,9 @@ def checkpoint_bytes(sizes: Sizes, *, width: int) -> float:
 
 def _head_rows(config: Config, rows: int) -> tuple[int, int]:
     """Rows that need the teacher's distribution, and the student's."""
-    loss, masked = config.loss, round(rows * config.masking.rate)
+    loss = config.loss
+    labelled = rows - rows // config.data.seq_len if loss.clm else round(rows * config.masking.rate)
     if not (loss.kl or loss.mse):
-        return 0, masked if loss.mlm else 0
-    soft = rows if loss.kl_positions == "attended" else masked
-    return soft, max(soft, masked)
+        return 0, labelled if loss.mlm or loss.clm else 0
+    soft = rows if loss.kl_positions == "attended" else labelled
+    return soft, max(soft, labelled)

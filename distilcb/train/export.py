@@ -62,7 +62,7 @@ def export_untrained(config: Config, output: Path) -> Path:
 
 def card_facts(config: Config, *, name: str, steps: int, heldout: dict[str, Any]) -> CardFacts:
     """For the card of a student after so many steps; heldout: as in summary.json, empty for no table."""
-    with_mask = [each for each in config.data.sample_sentences if "<mask>" in each]
+    with_mask = [each for each in config.data.sample_sentences if each.count("<mask>") == 1]
     facts = CardFacts(
         name=name,
         teacher=_public_name(config.teacher.model),

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from distilcb.config import DEFAULT_RECIPE
+
 pytestmark = pytest.mark.launch
 
 SENTENCE = "La jeune <mask> se mit à pleurer."
@@ -59,8 +61,6 @@ def test_the_exported_student_loads_as_an_encoder(finished, trained):
 
 def test_the_exported_folder_holds_the_teachers_tokenizer(finished):
     from transformers import AutoTokenizer, CamembertTokenizer
-
-    from distilcb.config import DEFAULT_RECIPE
 
     teacher = AutoTokenizer.from_pretrained(DEFAULT_RECIPE.parent / "mini" / "teacher")
     student = CamembertTokenizer.from_pretrained(finished / "student")
@@ -133,3 +133,25 @@ def test_a_folder_that_is_no_run_is_refused(commands, tmp_path):
     ended = commands.python("export", tmp_path, "--output", tmp_path / "student")
     assert ended.returncode == 2
     assert "no run folder" in ended.stderr
+
+
+def test_the_student_before_its_first_step_is_exported_by_recipe(commands, tmp_path):
+    from transformers import AutoModelForMaskedLM
+
+    recipe, output = DEFAULT_RECIPE.parent / "mini.yaml", tmp_path / "student"
+    words = ["--untrained", "--recipe", recipe, "--student.num_layers", "3", "--output", output]
+    ended = commands.python("export", *words)
+    assert ended.returncode == 0, ended.stderr
+    model = AutoModelForMaskedLM.from_pretrained(output)
+    teacher = AutoModelForMaskedLM.from_pretrained(DEFAULT_RECIPE.parent / "mini" / "teacher")
+    assert model.config.num_hidden_layers == 3
+    for own, layer in zip(model.roberta.encoder.layer, (0, 6, 11), strict=True):
+        theirs = teacher.roberta.encoder.layer[layer]
+        assert torch.equal(own.output.dense.weight, theirs.output.dense.weight)
+    assert "before its training" in (output / "README.md").read_text()
+
+
+def test_an_export_of_nothing_says_what_is_needed(commands, tmp_path):
+    ended = commands.python("export", "--output", tmp_path / "student")
+    assert ended.returncode == 2
+    assert "needed a run folder" in ended.stderr

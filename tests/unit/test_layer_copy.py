@@ -1,13 +1,14 @@
 """Which layers a student copies, and that it copies all of them."""
 
 import itertools
+import re
 
 import pytest
 import torch
 
 from distilcb.config import StudentConfig
 from distilcb.errors import ConfigError, ModelError
-from distilcb.models.families import family_of
+from distilcb.models.families import FAMILIES, family_of
 from distilcb.models.layer_copy import copy_weights, spread_layers
 from distilcb.models.student import build_student
 
@@ -184,3 +185,29 @@ def test_layer_norms_that_distilbert_cannot_have_are_told(tiny_model):
     source = tiny_model("bert", layer_norm_eps=1e-5)
     with pytest.raises(ConfigError, match="DistilBERT's layer norms have epsilon 1e-12, the teacher's 1e-05"):
         build_student(StudentConfig(architecture="distilbert"), teacher=source, vocab_size=101, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "asked", "other", "said"),
+    [
+        ("camembert", "roberta", {"num_attention_heads": 2}, "num_attention_heads 4 -> 2"),
+        ("bert", "distilbert", {"n_heads": 2}, "num_attention_heads 4 -> 2"),
+        ("bert", "distilbert", {"activation": "relu"}, "activation gelu -> relu"),
+        ("gpt2", "gpt2", {"activation_function": "relu"}, "activation_function gelu_new -> relu"),
+        ("gpt2", "gpt2", {"layer_norm_epsilon": 1e-2}, "layer_norm_epsilon 1e-05 -> 0.01"),
+    ],
+)
+def test_a_student_that_would_compute_something_else_is_refused(tiny_model, tmp_path, teacher, asked, other, said):
+    source = tiny_model(teacher)
+    config = FAMILIES[asked].config_like(source.config) if asked == "distilbert" else tiny_model(asked).config
+    for name, value in other.items():
+        setattr(config, name, value)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        build_student(StudentConfig(config=str(tmp_path)), teacher=source, vocab_size=101, seed=0)
+
+
+def test_a_gpt2_that_counts_its_layers_has_no_student_of_another_depth(tiny_model):
+    source = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ConfigError, match="divides its attention by the layer's number"):
+        build_student(StudentConfig(), teacher=source, vocab_size=101, seed=0)

@@ -239,6 +239,13 @@ def test_where_nobody_watches_a_logged_step_is_a_line_with_the_time_left(tmp_pat
     assert caplog.messages == ["step 7 of 10, loss 9.000, 51 tokens/s, 00:30 left"]
 
 
+def test_an_open_window_of_a_version_that_knew_fewer_terms_goes_on():
+    window = Window(3, CPU)
+    state = {"sums": [[1.0, 2.0]], "steps": 4, "skipped": 0, "seconds": 1.0, "data_wait_seconds": 0.5}
+    window.restore(state, rank=0, world_size=1)
+    assert window.sums.tolist() == [1.0, 2.0, 0.0]
+
+
 def test_an_open_window_goes_on_with_each_ranks_own_sums_or_on_other_ranks_with_their_total():
     window = Window(2, CPU)
     window.add(torch.tensor([1.0, 2.0], dtype=torch.float64), skipped=True, data_wait_seconds=0.5)
