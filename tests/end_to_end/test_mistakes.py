@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hub_layout import write_sentencepiece
 from refusal import assert_refused
-from transformers import AutoTokenizer, BertConfig
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, T5Config
 
 from distilcb.config import DEFAULT_RECIPE
 
@@ -99,9 +99,26 @@ def test_a_data_set_of_the_hub_without_network_is_told_how_to_use_files(commands
 
 
 def test_an_architecture_that_is_not_supported_is_named_beside_those_that_are(commands, tmp_path):
-    BertConfig(num_hidden_layers=2).save_pretrained(tmp_path / "bert")
-    ended = commands.python("train", *commands.small, "--teacher.model", tmp_path / "bert", "--run_dir", tmp_path / "r")
-    assert_refused(ended, "'bert' is not supported", "camembert, roberta")
+    T5Config(num_layers=2).save_pretrained(tmp_path / "t5")
+    ended = commands.python("train", *commands.small, "--teacher.model", tmp_path / "t5", "--run_dir", tmp_path / "r")
+    assert_refused(ended, "'t5' is not supported", "camembert, roberta")
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_an_objective_of_the_other_kind_is_refused(commands, tmp_path, kind):
+    if kind == "encoder":
+        words = ["--loss.mlm", "0", "--loss.clm", "0.2"]
+        said = ["loss.clm=0.2: the student is an encoder (camembert)", "Give loss.mlm the weight"]
+    else:
+        folder = tmp_path / "gpt2"
+        GPT2LMHeadModel(
+            GPT2Config(vocab_size=8005, n_layer=2, n_embd=16, n_head=2, bos_token_id=5, eos_token_id=6)
+        ).save_pretrained(folder)
+        words = ["--teacher.model", folder, "--data.tokenizer", TEACHER]
+        said = ["loss.mlm=0.2: the student is causal (gpt2)", "Give loss.clm the weight", "Leave data.tokenizer out"]
+    ended = commands.python("train", *commands.small, *words, "--run_dir", tmp_path / "run")
+    assert_refused(ended, *said)
+    assert not (tmp_path / "run").exists()
 
 
 def tokenizer_of(folder: Path, *, pieces: int) -> Path:
