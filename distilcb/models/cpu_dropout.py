@@ -63,6 +63,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float, causal: bool
     ) -> Tensor:
+        """As `attention`."""
         weights = (query * scaling) @ key.transpose(-1, -2)
         if causal:
             weights += torch.full(weights.shape[-2:], -torch.inf, dtype=weights.dtype).triu_(1)
@@ -73,6 +74,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Those of query, key and value."""
         query, key, value, weights = ctx.saved_tensors
         gradient = gradient * ctx.scale
         by_value = weights.relu().transpose(-1, -2) @ gradient

@@ -185,6 +185,7 @@ class DistilBert(Family):
         return config.hidden_dim
 
     def config_like(self, config: Any) -> Any:
+        """That of a DistilBERT with a BERT's sizes; ConfigError for any other teacher."""
         from transformers import DistilBertConfig
 
         if config.model_type != "bert":
@@ -212,6 +213,7 @@ class DistilBert(Family):
     def pairs(
         self, source: Any, source_family: Family, target: Any, layers: Sequence[int]
     ) -> list[tuple[nn.Module, nn.Module]]:
+        """Of a BERT by its names and DistilBERT's; of another DistilBERT as usual."""
         if not isinstance(source_family, Bert):
             return super().pairs(source, source_family, target, layers)
         head, embeddings, own = source.cls.predictions, source.bert.embeddings, target.distilbert.embeddings
