@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from original_loop import OriginalLoop, padded_batches
-from side_by_side import in_turn, medians, parser_of, peak_bytes, table, tell
+from side_by_side import in_turn, parser_of, peak_bytes, table, tell
 from torch import Tensor
 from transformers import CamembertConfig, CamembertForMaskedLM
 
@@ -140,10 +140,10 @@ class Contender:
     def __call__(self) -> None:
         self.tokens.append(self.turn())
 
-    def speed(self, seconds: Sequence[float]) -> float:
-        """Real tokens a second, the median over the turns that took so long; one before them warmed up."""
+    def speeds(self, seconds: Sequence[float]) -> list[float]:
+        """Real tokens a second of each turn that took so long; one before them warmed up."""
         real = [count for count, _ in self.tokens[1 : len(seconds) + 1]]
-        return statistics.median(count / each for count, each in zip(real, seconds, strict=True))
+        return [count / each for count, each in zip(real, seconds, strict=True)]
 
     @property
     def padding(self) -> float:
@@ -160,32 +160,52 @@ def measure(
     profile: Path | None,
 ) -> str:
     """All contenders of a case in turn, as Markdown."""
-    rate = _product_rate(case, DTYPES[place.precision], place.device)
-    seconds = in_turn(contenders, rounds=rounds)
+    product, flops = _product(case, DTYPES[place.precision], place.device)
+    seconds = in_turn({**contenders, "product": product}, rounds=rounds)
+    rate = flops / statistics.median(seconds["product"])
     memory = {name: peak_bytes(contender) for name, contender in contenders.items()}
     if profile:
         _profile(contenders["ours"], profile.with_stem(f"{profile.stem}_{case.name}_{case.length}"))
-    speeds = {name: each.speed(seconds[name]) for name, each in contenders.items()}
-    base, rows = speeds["original loop, fp32"], []
+    turns = {name: each.speeds(seconds[name]) for name, each in contenders.items()}
+    plain, padded, rows = turns["original loop, fp32"], turns["original loop, fp32, padded"], []
     for name, each in contenders.items():
-        share = speeds[name] * _flops(case, each) / rate
+        speed = statistics.median(turns[name])
+        share, ratio, ratio_padded = (
+            speed * _flops(case, each) / rate,
+            _over(turns[name], plain),
+            _over(turns[name], padded),
+        )
         figures[f"{case.name}, length {case.length}: {name}"] = {
-            "tokens_per_second": speeds[name],
-            "speed_over_original": speeds[name] / base,
+            "tokens_per_second": speed,
+            "speed_over_original": ratio,
+            "speed_over_padded_original": ratio_padded,
             "share_of_product_rate": share,
             "peak_bytes": memory[name],
             "padding_share": each.padding,
         }
-        cells = (f"{speeds[name]:,.0f}", f"{speeds[name] / base:.2f}", f"{share:.0%}", f"{memory[name] / 1e6:,.0f}")
+        cells = (f"{speed:,.0f}", f"{ratio:.2f}", f"{ratio_padded:.2f}", f"{share:.0%}", f"{memory[name] / 1e6:,.0f}")
         rows.append((name, *cells, f"{each.padding:.0%}"))
-    head = ["", "tokens/s", "original, fp32 = 1", "of a product's rate", "peak MB beyond the models", "padding"]
+    head = [
+        "",
+        "tokens/s",
+        "original, fp32 = 1",
+        "padded original = 1",
+        "of a product's rate",
+        "peak MB beyond the models",
+    ]
+    head.append("padding")
     return (
         f"## {case.name} size: hidden {case.sizes['hidden_size']}, vocabulary {case.sizes['vocab_size']:,}, length "
         f"{case.length}\n\n{LAYERS} to {LAYERS // 2} layers, {case.accumulation} micro-batch(es) of {case.micro_batch} "
-        f"sequences a step, ours in {place.precision}; median of {rounds} in turn. Padded batches hold about as many "
-        f"tokens in sentences of {contenders['original loop, fp32, padded'].length:.0f} on average. A product runs at "
-        f"{rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
+        f"sequences a step, ours in {place.precision}; medians of {rounds} in turn, ratios taken turn by turn. Padded "
+        f"batches hold about as many tokens in sentences of {contenders['original loop, fp32, padded'].length:.0f} on "
+        f"average. A product runs at {rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
     )
+
+
+def _over(speeds: Sequence[float], base: Sequence[float]) -> float:
+    """Median of the ratios turn by turn: what slows this machine for a while slows both."""
+    return statistics.median(each / other for each, other in zip(speeds, base, strict=True))
 
 
 def random_models(case: Case, config: Config) -> tuple[Any, Any, Family, TextTokenizer]:
@@ -258,19 +278,17 @@ def _flops(case: Case, contender: Contender) -> float:
     return flops_per_token(shape(LAYERS // 2), shape(LAYERS), seq_len=length, soft_share=share, head_share=share)
 
 
-def _product_rate(case: Case, dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of the feed-forward layer's product at the real size, with as many rows as a micro-batch has."""
+def _product(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], None], float]:
+    """The feed-forward layer's product at the real size, with a micro-batch's rows, 20 times; its FLOP."""
     rows, hidden, inner = case.micro_batch * case.length, REAL["hidden_size"], REAL["intermediate_size"]
     left = torch.randn(rows, hidden, device=device, dtype=dtype)
     right = torch.randn(hidden, inner, device=device, dtype=dtype)
-    repeats = 20 if device.type == "cuda" else 1
 
     def product() -> None:
-        for _ in range(repeats):
+        for _ in range(20):
             left @ right
 
-    seconds = medians({"product": product}, rounds=9)["product"]
-    return 2.0 * rows * hidden * inner * repeats / seconds
+    return product, 20 * 2.0 * rows * hidden * inner
 
 
 def _profile(step: Callable[[], Any], path: Path) -> None:

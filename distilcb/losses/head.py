@@ -18,6 +18,9 @@ from distilcb.losses.logit_rows import LogitTerms, take_rows
 # Bytes of one fp32 chunk of logits. On a CPU a chunk should stay near the caches, on a GPU it should fill the device.
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 
+# Bytes of fp32 that stay in a CPU's caches while they are used once more.
+CACHED_BYTES = 4 << 20
+
 # Leading dimension of the gradient buffer, in elements: the matrix products of CUDA want aligned rows, and
 # CamemBERT's vocabulary of 32,005 is odd.
 ROW_ALIGNMENT = 64
@@ -203,11 +206,12 @@ class _Stream:
             back, weight_gradient = back.div_(scale), weight_gradient.div_(scale)
         self.grad_features[start:stop] = back
         # The first is not added to zeros: at 100 MB each, that is seen on a CPU.
-        self.grad_weight = (
-            weight_gradient.float() if self.grad_weight is None else self.grad_weight.add_(weight_gradient)
-        )
+        if self.grad_weight is None:
+            self.grad_weight = weight_gradient.float()
+        else:
+            _add_in_place(self.grad_weight, weight_gradient)
         if self.grad_bias is not None:
-            bias_gradient = gradient.sum(0, dtype=torch.float32)
+            bias_gradient = _column_sums(gradient)
             self.grad_bias += bias_gradient if scale is None else bias_gradient.div_(scale)
 
     def _half_precision_scale(self, student: Tensor, teacher: Tensor | None) -> Tensor | None:
@@ -233,6 +237,25 @@ def _logits(features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tenso
     if bias is None:
         return torch.mm(features, weight.t(), out=out)
     return torch.addmm(bias, features, weight.t(), out=out)
+
+
+def _add_in_place(total: Tensor, addend: Tensor) -> None:
+    """total += addend, of fp32 and any dtype; (rows, columns) each."""
+    # On a CPU torch first writes a whole fp32 copy of a half-precision addend: a few rows' stays in the cache.
+    for part, more in zip(_few_rows(total), _few_rows(addend), strict=True):
+        part.add_(more)
+
+
+def _column_sums(matrix: Tensor) -> Tensor:
+    """(columns,) sums over the rows in fp32, of a matrix of any dtype."""
+    first, *rest = (part.sum(0, dtype=torch.float32) for part in _few_rows(matrix))
+    return sum(rest, first)
+
+
+def _few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The matrix in parts whose fp32 copies stay in a CPU's cache; on a GPU, which makes no copies, as it is."""
+    rows = CACHED_BYTES // (4 * matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
+    return matrix.split(max(1, rows))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
