@@ -43,6 +43,8 @@ MINI_TEXT = DEFAULT_RECIPE.parent / "mini" / "text" / "train"
 REAL = {"vocab_size": 32_005, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 MINI = {"vocab_size": 8_005, "hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4}
 LAYERS = 12
+# Sequences of a micro-batch in the first scripts, unless told otherwise; a step has as many tokens as the others'.
+FIRST_MICRO_BATCH = 5
 
 
 @dataclass(frozen=True)
@@ -236,15 +238,19 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
     mean = statistics.mean(sentences)
     rows = max(1, round(case.micro_batch * case.length / mean))
     padded = batches(sentences * rows, rows)
+    by_five = batches(sentences, FIRST_MICRO_BATCH)
     plain = original(torch.float32)
     on_masked = original(torch.float32, masked_only=True)
     found = {
-        "original loop, fp32": Contender(_turn(plain, full, case)),
-        "original loop, fp32, padded": Contender(_turn(plain, padded, case), length=mean),
-        "original loop, fp32, KL on masked": Contender(_turn(on_masked, full, case), masked_only=True),
+        "original loop, fp32": Contender(_turn(plain, full, case.accumulation)),
+        "original loop, fp32, padded": Contender(_turn(plain, padded, case.accumulation), length=mean),
+        "original loop, fp32, padded, 5 a micro-batch": Contender(
+            _turn(plain, by_five, max(1, round(case.accumulation * rows / FIRST_MICRO_BATCH))), length=mean
+        ),
+        "original loop, fp32, KL on masked": Contender(_turn(on_masked, full, case.accumulation), masked_only=True),
     }
     if half != torch.float32:
-        found[f"original loop, {place.precision}"] = Contender(_turn(original(half), full, case))
+        found[f"original loop, {place.precision}"] = Contender(_turn(original(half), full, case.accumulation))
     if device.type == "cpu":  # as train/models.py does; the original loops have copies of their own
         use_cpu_dropout(student)
     ours = Ours(case, config, place, Models(Teacher(teacher.to(device, half)), student, family, tokenizer))
@@ -253,9 +259,11 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
     return found
 
 
-def _turn(loop: OriginalLoop, batches: Iterator[tuple[Tensor, Tensor]], case: Case) -> Callable[[], tuple[int, int]]:
+def _turn(
+    loop: OriginalLoop, batches: Iterator[tuple[Tensor, Tensor]], micro_batches: int
+) -> Callable[[], tuple[int, int]]:
     def turn() -> tuple[int, int]:
-        taken = list(islice(batches, case.accumulation))
+        taken = list(islice(batches, micro_batches))
         loop.step(taken)
         return sum(int(lengths.sum()) for _, lengths in taken), sum(ids.numel() for ids, _ in taken)
 

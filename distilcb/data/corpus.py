@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -138,6 +139,19 @@ def read_chunks(path: Path, *, chunk_bytes: int, skip_damaged: bool = False) -> 
             there = tell() if ahead else path.stat().st_size  # the last takes what a reader leaves unread
             yield Chunk(text, lines, "" if ahead else stream.fault), there - position
             lines, position, is_first = lines + text.count(b"\n"), there, False
+
+
+def whole_text(path: Path) -> str:
+    """A text file as it is, decompressed; nothing is cleaned.
+
+    Raises:
+        DataError: not there, not whole, or not UTF-8.
+    """
+    try:
+        with _open_bytes(path) as (stream, _):
+            return stream.read().decode("utf-8")
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}. Needed: UTF-8 text, also .gz, .xz or .zst, whole.") from error
 
 
 def opened(source: Source) -> Path | OpenDataset:
