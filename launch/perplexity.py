@@ -1,4 +1,4 @@
-"""Perplexity of causal models on a text, by sliding windows: python launch/perplexity.py MODEL [MODEL ...] --text FILE"""
+"""Perplexity of causal models by sliding windows: python launch/perplexity.py MODEL [MODEL ...] --text FILE"""
 
 import argparse
 import json
@@ -25,18 +25,19 @@ def main(words: list[str]) -> None:
     from distilcb.eval.report import as_console
 
     distributed.configure_logging(distributed.discover())
-    text = whole_text(options.text)
-    rows = [["", "perplexity a token", "a word", "bits a character", "tokens"]]
-    found = {}
+    text, world = whole_text(options.text), distributed.start()
+    rows, found = [["", "perplexity a token", "a word", "bits a character", "tokens"]], {}
     for name in options.models:
-        each = perplexity_of(name, text, size=options.window, stride=options.stride)
+        each = perplexity_of(name, text, size=options.window, stride=options.stride, world=world)
         figures = (f"{each.a_token:.2f}", f"{each.a_word:.2f}", f"{each.bits_a_character:.4f}", f"{each.tokens:,}")
         rows.append([name, *figures])
         found[name] = asdict(each) | {"perplexity_a_token": each.a_token, "perplexity_a_word": each.a_word}
-    print(as_console(rows))
-    if options.json:
+    if world.is_main:
+        print(as_console(rows))
+    if options.json and world.is_main:
         with writing(options.json.parent, DataError, "Name a folder that can be written to."):
             options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import gzip
 import io
 import json
 import lzma
-import zlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -148,10 +147,10 @@ def whole_text(path: Path) -> str:
         DataError: not there, not whole, or not UTF-8.
     """
     try:
-        with _open_bytes(path) as (stream, _):
-            return stream.read().decode("utf-8")
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}. Needed: UTF-8 text, also .gz, .xz or .zst, whole.") from error
+        with naming(path), _open_bytes(path) as (stream, _):
+            return stream.read().decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
 
 
 def opened(source: Source) -> Path | OpenDataset:

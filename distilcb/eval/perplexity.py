@@ -1,16 +1,19 @@
-"""Perplexity of a long text under a causal model: sliding windows, so that every token but the first is predicted once."""
+"""Perplexity of a long text under a causal model: sliding windows, so that every token but the first counts once."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from distilcb.data.tokenizer import TextTokenizer
-from distilcb.distributed import device
+from distilcb.distributed import all_reduce_sum, device
 from distilcb.errors import ConfigError
+from distilcb.launcher import World
 from distilcb.losses.head import rows_per_chunk
 from distilcb.models.families import Family, family_of
 from distilcb.models.loading import load_language_model
@@ -60,7 +63,7 @@ def windows(tokens: int, *, size: int, stride: int) -> Iterator[Window]:
         ConfigError: a stride that would leave tokens out.
     """
     if not 1 <= stride < size:
-        raise ConfigError(f"stride={stride}: needed 1 to {size - 1}, less than the window of {size} tokens.")
+        raise ConfigError(f"--stride {stride}: needed 1 to {size - 1}, less than the window of {size} tokens.")
     first = 1
     while first < tokens:
         stop = min(tokens, size if first == 1 else first + stride)
@@ -68,61 +71,58 @@ def windows(tokens: int, *, size: int, stride: int) -> Iterator[Window]:
         first = stop
 
 
-def perplexity_of(name: str, text: str, *, size: int | None, stride: int | None) -> Perplexity:
-    """Of a text under a model, on this rank's device.
+def perplexity_of(name: str, text: str, *, size: int | None, stride: int | None, world: World) -> Perplexity:
+    """Of a text under a model, the windows shared out among the ranks; on every rank together.
 
     Args:
         name: a causal model's folder or hub name.
         size: tokens of a window; None: as many as the model has positions for.
-        stride: None: half a window.
+        stride: tokens from one window to the next; None: half a window.
 
     Raises:
-        ConfigError: an encoder, a window that is longer than the model's positions, or a text of no two tokens.
+        ConfigError: an encoder, a window that is longer than the model's positions, a stride that leaves tokens out, or
+            a text of less than two tokens.
         ModelError: a model that cannot be read.
     """
     model = load_language_model(name, dtype=torch.float16 if device().type == "cuda" else torch.float32).to(device())
     family = family_of(model.config, where=name)
     if not family.causal:
         raise ConfigError(
-            f"{name} is an encoder ({model.config.model_type}), which predicts masked words: use launch/evaluate.py."
+            f"{name} is an encoder ({model.config.model_type}), which predicts masked words: launch/evaluate.py scores "
+            "those."
         )
     longest = family.max_seq_len(model.config)
     if size is not None and size > longest:
-        raise ConfigError(f"window={size}: {name} has positions for {longest} tokens.")
+        raise ConfigError(f"--window {size}: {name} has positions for {longest} tokens. Use {longest} or less.")
     size = size or longest
     ids = TextTokenizer(name).hugging_face(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < 2:
         raise ConfigError(f"the text has {len(ids)} token(s) for {name}: needed 2 or more.")
+    found = list(windows(len(ids), size=size, stride=stride or size // 2))
     on_device = torch.tensor(ids, device=device())
-    nll, tokens = summed_nll(model.eval(), family, on_device, size=size, stride=stride or size // 2)
-    return Perplexity(nll, tokens, max(1, len(text.split())), len(text))
+    nll = all_reduce_sum(summed_nll(model.eval(), family, on_device, found[world.rank :: world.size], name=name)).item()
+    return Perplexity(nll, len(ids) - 1, max(1, len(text.split())), len(text))
 
 
-@torch.no_grad()
-def summed_nll(model: Any, family: Family, ids: Tensor, *, size: int, stride: int) -> tuple[float, int]:
-    """Nats over all predicted tokens of `ids`, (tokens,) int64 on the model's device; and how many those are."""
-    total, count = torch.zeros((), dtype=torch.float64, device=ids.device), 0
-    for batch in _batches(list(windows(len(ids), size=size, stride=stride)), size):
+@torch.inference_mode()
+def summed_nll(model: Any, family: Family, ids: Tensor, shares: Sequence[Window], *, name: str = "") -> Tensor:
+    """Nats over the tokens that `shares` predict of `ids`, (tokens,) int64 on the model's device; scalar, float64."""
+    total = torch.zeros((), dtype=torch.float64, device=ids.device)
+    size = max((each.stop - each.start for each in shares), default=1)
+    for batch in tqdm(list(_batches(shares, size)), desc=name, unit="pass", disable=None, leave=False):
         rows = torch.stack([ids[each.start : each.stop] for each in batch])
-        states = family.encode(model, rows[:, :-1])
+        states = family.encode(model, rows[:, :-1])  # the last token's successor belongs to the next window
         for hidden, each in zip(states, batch, strict=True):
-            predicted = hidden[each.first - 1 - each.start :]
-            total += _nll(model, family, predicted, ids[each.first : each.stop])
-            count += each.stop - each.first
-    return total.item(), count
+            total += _nll(model, family, hidden[each.first - 1 - each.start :], ids[each.first : each.stop])
+    return total
 
 
-def _batches(found: list[Window], size: int) -> Iterator[list[Window]]:
-    """Windows of one length together; the first and the last may be shorter."""
+def _batches(shares: Sequence[Window], size: int) -> Iterator[list[Window]]:
+    """Windows of one length together, about _TOKENS_A_PASS; the first and the last of a text may be shorter."""
     most = max(1, _TOKENS_A_PASS // size)
-    batch: list[Window] = []
-    for each in found:
-        if batch and (len(batch) == most or each.stop - each.start != batch[0].stop - batch[0].start):
-            yield batch
-            batch = []
-        batch.append(each)
-    if batch:
-        yield batch
+    for _, run in groupby(shares, key=lambda each: each.stop - each.start):
+        alike = list(run)
+        yield from (alike[start : start + most] for start in range(0, len(alike), most))
 
 
 def _nll(model: Any, family: Family, hidden: Tensor, labels: Tensor) -> Tensor:

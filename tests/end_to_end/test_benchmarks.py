@@ -39,12 +39,19 @@ def test_the_steps_benchmark_has_every_contender(tmp_path):
     assert {name.partition(": ")[2] for name in figures} == {
         "original loop, fp32",
         "original loop, fp32, padded",
+        "original loop, fp32, padded, 5 a micro-batch",
         "original loop, fp32, KL on masked",
         "ours",
         "ours, KL on masked",
     }
     assert all(each["tokens_per_second"] > 0 for each in figures.values())
     assert 0 < figures["mini, length 128: original loop, fp32, padded"]["padding_share"] < 0.3
+
+
+def test_a_student_of_half_the_layers_answers_sooner(tmp_path):
+    figures, said = figures_of("latency", tmp_path, "--recipes", "distilbert-uncased")
+    assert 1.2 < figures["distilbert-uncased, 16 tokens"]["teacher_over_student"] < 4
+    assert "60 % faster" in said
 
 
 def test_the_benchmark_of_variants_has_each(tmp_path):
