@@ -43,8 +43,6 @@ MINI_TEXT = DEFAULT_RECIPE.parent / "mini" / "text" / "train"
 REAL = {"vocab_size": 32_005, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 MINI = {"vocab_size": 8_005, "hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4}
 LAYERS = 12
-# Sequences of a micro-batch in the first scripts, unless told otherwise; a step has as many tokens as the others'.
-FIRST_MICRO_BATCH = 5
 
 
 @dataclass(frozen=True)
@@ -238,15 +236,11 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
     mean = statistics.mean(sentences)
     rows = max(1, round(case.micro_batch * case.length / mean))
     padded = batches(sentences * rows, rows)
-    by_five = batches(sentences, FIRST_MICRO_BATCH)
     plain = original(torch.float32)
     on_masked = original(torch.float32, masked_only=True)
     found = {
         "original loop, fp32": Contender(_turn(plain, full, case.accumulation)),
         "original loop, fp32, padded": Contender(_turn(plain, padded, case.accumulation), length=mean),
-        "original loop, fp32, padded, 5 a micro-batch": Contender(
-            _turn(plain, by_five, max(1, round(case.accumulation * rows / FIRST_MICRO_BATCH))), length=mean
-        ),
         "original loop, fp32, KL on masked": Contender(_turn(on_masked, full, case.accumulation), masked_only=True),
     }
     if half != torch.float32:

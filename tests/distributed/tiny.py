@@ -151,16 +151,23 @@ class TinyRun:
         return FirstStep(gradient, result.sums, float(result.grad_norm))
 
 
-def start(config: Config, *, hidden_size: int = HIDDEN_SIZE, load_universal: bool = False) -> TinyRun:
-    """Wire a run on this rank, as train/build.py does."""
+def start(
+    config: Config,
+    *,
+    hidden_size: int = HIDDEN_SIZE,
+    load_universal: bool = False,
+    built: Models | None = None,
+    blocks: Any = BLOCKS,
+) -> TinyRun:
+    """Wire a run on this rank, as train/build.py does; of other models and blocks where they are given."""
     world = distributed.start()
     path, _ = deepspeed_config.choose_file(config.deepspeed, cuda=False, cpu_has_bf16=False)
     settings = deepspeed_config.read_file(path)
     precision = deepspeed_config.precision(settings)
     place = Place(world, distributed.device(), settings, precision)
-    built = models(config, DTYPES[precision], hidden_size=hidden_size)
+    built = built or models(config, DTYPES[precision], hidden_size=hidden_size)
     if config.train.activation_checkpointing:
         built.student.gradient_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
         compile_layers(built)
-    return TinyRun(built, *wire_stepper(config, place, built, BLOCKS, load_universal=load_universal))
+    return TinyRun(built, *wire_stepper(config, place, built, blocks, load_universal=load_universal))
