@@ -21,6 +21,9 @@ CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
 # Bytes of fp32 that stay in a CPU's caches while they are used once more.
 CACHED_BYTES = 4 << 20
 
+# Words whose decoder gradient is made at once on a CPU, so that no product as large as the decoder is held beside it.
+WORDS_AT_ONCE = 8192
+
 # Leading dimension of the gradient buffer, in elements: the matrix products of CUDA want aligned rows, and
 # CamemBERT's vocabulary of 32,005 is odd.
 ROW_ALIGNMENT = 64
@@ -201,18 +204,25 @@ class _Stream:
 
     def _carry_back(self, gradient: Tensor, scale: Tensor | None, start: int, stop: int) -> None:
         back = _product(gradient, self.weight)
-        weight_gradient = _product(gradient.t(), self.features[start:stop])
-        if scale is not None:
-            back, weight_gradient = back.div_(scale), weight_gradient.div_(scale)
-        self.grad_features[start:stop] = back
-        # The first is not added to zeros: at 100 MB each, that is seen on a CPU.
-        if self.grad_weight is None:
-            self.grad_weight = weight_gradient.float()
-        else:
-            _add_in_place(self.grad_weight, weight_gradient)
+        self.grad_features[start:stop] = back if scale is None else back.div_(scale)
+        self._add_weight_gradient(gradient, self.features[start:stop], scale)
         if self.grad_bias is not None:
             bias_gradient = _column_sums(gradient)
             self.grad_bias += bias_gradient if scale is None else bias_gradient.div_(scale)
+
+    def _add_weight_gradient(self, gradient: Tensor, features: Tensor, scale: Tensor | None) -> None:
+        is_first = self.grad_weight is None
+        if self.grad_weight is None:
+            self.grad_weight = torch.empty(self.weight.shape, device=gradient.device, dtype=torch.float32)
+        words = WORDS_AT_ONCE if gradient.device.type == "cpu" else len(self.weight)
+        for total, part in zip(self.grad_weight.split(words), gradient.split(words, dim=1), strict=True):
+            product = _product(part.t(), features)
+            if scale is not None:
+                product.div_(scale)
+            if is_first:  # not added to zeros: at 100 MB each, that is seen on a CPU
+                total.copy_(product)
+            else:
+                _add_in_place(total, product)
 
     def _half_precision_scale(self, student: Tensor, teacher: Tensor | None) -> Tensor | None:
         """A power of two that brings the largest possible entry near FP16_TARGET; None where range is no concern."""
