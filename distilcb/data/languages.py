@@ -5,8 +5,8 @@ as much as any other. Shares are kept exactly and not on average: the positions 
 quota of places for every language, which a keyed permutation puts in order. A language's places show its own order, in
 which all of it comes once before anything comes again.
 
-Source: the weighting of multilingual BERT (Devlin 2018, multilingual.md of google-research/bert: exponent 0.7), also
-Lample and Conneau 2019, arXiv:1901.07291, section 3.1 (0.5), which draw each sample or batch by lot.
+Source: the weighting of multilingual BERT (Devlin 2018, multilingual.md of google-research/bert: exponent 0.7) and of
+XLM (Lample and Conneau 2019, arXiv:1901.07291, section 3.1), both by lot.
 """
 
 from collections.abc import Sequence
@@ -164,17 +164,17 @@ def check_languages(names: Sequence[str]) -> None:
     Raises:
         DataError: a name that stands for nothing, or two that share a file.
     """
-    named: dict[Source, str] = {}
-    for name in names:
+    named: dict[Source, int] = {}
+    for number, name in enumerate(names):
         prepared = prepared_folder([name])
         for source in [prepared] if prepared else find_sources([name]):
             where = source.resolve() if isinstance(source, Path) else source
-            if where in named:
+            first = named.setdefault(where, number)
+            if first != number:
                 raise DataError(
-                    f"data.train: {named[where]} and {name} both hold {source}. With data.language_exponent each name "
+                    f"data.train: {names[first]} and {name} both hold {source}. With data.language_exponent each name "
                     "is a language of its own: name its text once, or set data.language_exponent to null."
                 )
-            named[where] = name
 
 
 # Purposes of a key, apart from those of order.py and masking.py.

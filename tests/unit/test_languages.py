@@ -77,15 +77,14 @@ def test_a_thousand_times_the_text_is_shown_a_hundred_times_as_often_at_multilin
     assert english / icelandic == pytest.approx(10**2.1)  # "only sampled 100x more", as its authors round it
 
 
-@pytest.mark.parametrize("places", [3, 10, 437, 10_000])
+@pytest.mark.parametrize("places", [437, 10_000, 1 << 20])
 @pytest.mark.parametrize("exponent", EXPONENTS)
 def test_quotas_are_whole_and_within_one_of_their_share(exponent, places):
     shares = shares_of(SIZES, exponent)
     quotas = quotas_of(shares, places)
     assert sum(quotas) == places
     for quota, share in zip(quotas, shares, strict=True):
-        assert quota >= 1
-        assert abs(quota - share * places) < 1 or quota == 1 or places < 10
+        assert abs(quota - share * places) < 1
 
 
 def test_a_language_of_less_than_a_place_has_one_and_the_largest_pays():
@@ -305,6 +304,7 @@ def test_names_of_languages_may_be_files_folders_globs_and_data_sets(tmp_path):
     for number in (1, 2):
         write_text(tmp_path / f"en_{number}.txt")
     french = write_text(tmp_path / "fr.txt")
+    (tmp_path / "de" / "b.txt").symlink_to("a.txt")  # twice in one language: its own business
     check_languages([french, str(tmp_path / "de"), str(tmp_path / "en_*.txt"), "hub:wiki:fr", "hub:wiki:de"])
 
 
