@@ -449,7 +449,7 @@ def _cross_faults(config: Config) -> list[str]:
 
 def _language_faults(data: DataConfig) -> list[str]:
     """What is wrong with the names of data.train where each is a language."""
-    found = []
+    found: list[str] = []
     if data.language_exponent is None:
         return found
     if len(data.train) == 1:
