@@ -115,6 +115,7 @@ KINDS = {
     "distilbert-uncased": Kind("bert", uncased, more=_BERT),
     "distilbert-cased": Kind("bert", cased, more=_BERT),
     "distilbert-german": Kind("bert", cased, ("de",), _BERT),
+    "distilmbert": Kind("bert", cased, ("fr", "en", "de"), _BERT),
     "distilroberta": Kind("roberta", encoder_bytes, more=_ROBERTA),
     "distilgpt2": Kind("gpt2", causal_bytes, more=(("bos_token_id", 0), ("eos_token_id", 0))),
     "distilxlmr": Kind("xlm-roberta", sentence_pieces, ("fr", "en", "de"), _ROBERTA),

@@ -79,8 +79,11 @@ hub:NAME:CONFIG:SPLIT"""
     """the same, for evaluation; []: no evaluation"""
     seq_len: Annotated[int, Field(ge=8)] = 512
     """tokens in a block, separators included"""
+    language_exponent: Annotated[float, Field(ge=0, le=1)] | None = None
+    """each name in train is a language, shown in proportion to its blocks^exponent (1: to its size, 0: all alike); \
+null: the names are one text"""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """share of the training blocks to use, drawn once from train.seed"""
+    """share of the training blocks to use, of each language where there are several, drawn once from train.seed"""
     tokenizer: str | None = None
     """tokenizer folder; null: the teacher's, or that of student.init"""
     text_field: str = "text"
@@ -431,6 +434,7 @@ def _cross_faults(config: Config) -> list[str]:
             f"optim.warmup={config.optim.warmup:g} steps, train.steps={config.train.steps}: the learning rate would "
             "never reach its peak. Use fewer, or a share below 1."
         )
+    found += _language_faults(config.data)
     if masking.mask_share + masking.random_share > 1 + 1e-9:
         found.append(
             f"masking.mask_share={masking.mask_share} + masking.random_share={masking.random_share} is over 1."
@@ -440,4 +444,21 @@ def _cross_faults(config: Config) -> list[str]:
             f"student.init_layers lists {len(student.init_layers)} layers, student.num_layers={student.num_layers}: "
             "they must agree; leave one out."
         )
+    return found
+
+
+def _language_faults(data: DataConfig) -> list[str]:
+    """What is wrong with the names of data.train where each is a language."""
+    found: list[str] = []
+    if data.language_exponent is None:
+        return found
+    if len(data.train) == 1:
+        found.append(
+            f"data.language_exponent={data.language_exponent:g}, but data.train names one text, {data.train[0]}: each "
+            "language needs a name of its own, such as --data.train fr,en,de. Name several, or give "
+            "--data.language_exponent null."
+        )
+    twice = sorted({name for name in data.train if data.train.count(name) > 1})
+    if twice:
+        found.append(f"data.train names {', '.join(twice)} twice: each name is a language. Name each once.")
     return found

@@ -106,6 +106,11 @@ class Blocks:
                 "Prepare the text again."
             )
 
+    @property
+    def content(self) -> str:
+        """What tells this text from another."""
+        return self.description.content
+
     def __len__(self) -> int:
         return self.description.blocks
 

@@ -12,7 +12,7 @@ from distilcb.config import MaskingConfig
 from distilcb.data.blocks import Blocks, BlockSource
 from distilcb.data.masking import Masking
 from distilcb.data.next_token import NextToken
-from distilcb.data.order import Order
+from distilcb.data.order import SampleOrder
 from distilcb.data.tokenizer import Vocabulary
 from distilcb.preemption import ignore_in_helper
 
@@ -75,7 +75,7 @@ class Cut:
 class MicroBatches(Dataset):
     """Micro-batches by number: item i is micro-batch i % accumulation of step i // accumulation."""
 
-    def __init__(self, blocks: BlockSource, order: Order, task: Masking | NextToken, cut: Cut) -> None:
+    def __init__(self, blocks: BlockSource, order: SampleOrder, task: Masking | NextToken, cut: Cut) -> None:
         self.blocks, self.order, self.task, self.cut = blocks, order, task, cut
         self._factor_of_step: tuple[int, float] = (-1, 1.0)
 

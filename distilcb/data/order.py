@@ -4,6 +4,8 @@ A stored permutation of 64 million rows would cost 512 MB on every rank, and no 
 streams stay the same across versions. So the order is a keyed permutation computed by index (a Feistel network).
 """
 
+from typing import Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -56,6 +58,21 @@ def _feistel(values: NDArray[np.uint64], half_bits: int, permutation_key: np.uin
         round_key = key(int(permutation_key), round_)
         left, right = right, left ^ (mix(right + round_key) & low)
     return (left << shift) | right
+
+
+class SampleOrder(Protocol):
+    """Which sample each position of a run shows, in arrays of any shape.
+
+    size: positions after which as many blocks have been shown as there are.
+    """
+
+    size: int
+
+    def epoch(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How often the sample of each position had been shown before, from 0."""
+
+    def row(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row of the store that each position shows."""
 
 
 class Order:

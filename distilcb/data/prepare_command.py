@@ -1,6 +1,7 @@
 """The command that prepares text: its options, the ranks and processes that take part, and what it prints."""
 
 import argparse
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 from distilcb.command_line import Parser, number
 from distilcb.data.parts import PART_BYTES
 from distilcb.launcher import World
+
+log = logging.getLogger(__name__)
 
 _DEFAULT_MEGABYTES = PART_BYTES / (1 << 20)
 
@@ -29,9 +32,12 @@ def prepare_from(words: list[str], *, description: str | None) -> None:
     cores = cores_of_rank(world, os.environ)
     processes = options.processes or cores
     with join_crew(world) as crew:
+        tokenizer = TextTokenizer(options.tokenizer)
+        if tokenizer.vocabulary.is_causal:
+            log.info("tokenizer %s has no mask token: blocks for causal models such as GPT-2", options.tokenizer)
         made = prepare(
             options.input,
-            tokenizer=TextTokenizer(options.tokenizer),
+            tokenizer=tokenizer,
             output=options.output,
             seq_len=options.seq_len,
             text_field=options.text_field,

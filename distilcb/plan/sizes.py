@@ -9,6 +9,7 @@ from distilcb.hub import model_folder
 from distilcb.models.families import Family, family_of
 from distilcb.models.student import build_student
 from distilcb.monitor.metrics import ModelShape, shape_of
+from distilcb.train.models import kind_faults
 
 # camembert-base as its config.json has it, for a machine that cannot reach the hub.
 _KNOWN: dict[str, dict[str, Any]] = {
@@ -52,7 +53,7 @@ def sizes_of(config: Config) -> Sizes:
 
     Raises:
         ModelError: a model whose configuration cannot be read.
-        ConfigError: settings of the student that do not fit.
+        ConfigError: settings of the student that do not fit, or an objective of the other kind.
     """
     import torch
 
@@ -64,6 +65,8 @@ def sizes_of(config: Config) -> Sizes:
         teacher = _empty(config.teacher.model) if config.teacher.model else None
         vocab = 1 if teacher is None else teacher.config.vocab_size
         student, family = build_student(config.student, teacher=teacher, vocab_size=vocab, seed=0)
+    if faults := kind_faults(config.loss, student, teacher):
+        raise ConfigError("\n  ".join(faults))
     taught_by = None if teacher is None else _sizes(teacher, family_of(teacher.config, where="teacher"))
     return Sizes(taught_by, _sizes(student, family))
 

@@ -1,21 +1,19 @@
 """The composition root: a Config becomes loader, teacher, student, engine and the rest, wired."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from distilcb import distributed
 from distilcb.command_line import CommandLine
-from distilcb.config import Config, DataConfig, accumulation_steps, cache_folder
-from distilcb.data.blocks import Blocks, BlockSource, check_fits
-from distilcb.data.corpus import find_sources
+from distilcb.config import Config, accumulation_steps
+from distilcb.data.blocks import Blocks, BlockSource
+from distilcb.data.languages import order_of
 from distilcb.data.loader import (
     Batch,
     Cut,
@@ -25,8 +23,6 @@ from distilcb.data.loader import (
     task_of,
     training_batches,
 )
-from distilcb.data.order import Order
-from distilcb.data.prepare import prepare_cached, prepared_folder
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import on_main
 from distilcb.engine import deepspeed_config
@@ -48,6 +44,7 @@ from distilcb.train.micro_batch import settle_micro_batch
 from distilcb.train.models import Models, build_models
 from distilcb.train.preflight import check_free_disk, preflight
 from distilcb.train.run_folder import RunFolder, RunState, provenance
+from distilcb.train.text import check_names, open_text
 from distilcb.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -139,22 +136,19 @@ def build(command: CommandLine) -> Run | None:
             for line in folder.not_compared(command):
                 log.warning("what it was made from is not compared: %s", line)
         return None
-    for names in (config.data.train, config.data.heldout):
-        if not prepared_folder(names):
-            find_sources(names)  # what stands for nothing is told before a model is loaded
+    check_names(config.data)
     models = build_models(config, place)
     kept = on_main(lambda: folder.micro_batch(place.world.size)) if state is RunState.RESUMED else None
     command = settle_micro_batch(command, place, models, kept)
     config = command.config
-    train_blocks, heldout_blocks = _open_text(config, models.tokenizer, place.world)
-    text = _contents(train_blocks, heldout_blocks)
-    facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text}
+    text = open_text(config.data, models.tokenizer, place.world)
+    facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text.contents}
     facts["deepspeed"] = deepspeed_config.state_layout(place.settings)
     checkpoints, newest = _begin(command, place, folder, state, models, facts)
     universal = newest is not None and newest.world_size != place.world.size
-    engine, stepper, micro_batches, counts = wire_stepper(config, place, models, train_blocks, load_universal=universal)
+    engine, stepper, micro_batches, counts = wire_stepper(config, place, models, text.train, load_universal=universal)
     progress = _restore(checkpoints, newest, engine, place.world, state)
-    heldout = _heldout_batches(config, place.world, models.tokenizer, heldout_blocks) if heldout_blocks else None
+    heldout = _heldout_batches(config, place.world, models.tokenizer, text.heldout) if text.heldout else None
     stop, watchdog = watched(place, folder, config)
     return Run(
         config=config,
@@ -244,7 +238,7 @@ def wire_stepper(
     cut = Cut(optim.global_batch, optim.sequences_a_pass, world.rank, world.size)
     vocabulary, seq_len = models.tokenizer.vocabulary, config.data.seq_len
     task = task_of(config.masking, vocabulary, blocks, seed=seed)
-    order = Order(len(blocks), seed=seed, fraction=config.data.fraction)
+    order = order_of(blocks, seed=seed, fraction=config.data.fraction)
     counts = Counts(attended=optim.global_batch * seq_len, labelled=optim.global_batch * task.k)
     module = StepModule(models.student, models.family, config.loss)
     engine = start_engine(module, config, place, load_universal=load_universal)
@@ -305,36 +299,6 @@ def _deepspeed_settings(config: Config) -> tuple[dict[str, Any], str]:
             f"{path}: fp16 needs a CUDA device, and there is none here. Use --deepspeed auto, zero2_bf16 or zero2_cpu."
         )
     return settings, why
-
-
-def _open_text(config: Config, tokenizer: TextTokenizer, world: World) -> tuple[Blocks, Blocks | None]:
-    train = open_blocks(config.data, config.data.train, tokenizer, world)
-    heldout = open_blocks(config.data, config.data.heldout, tokenizer, world) if config.data.heldout else None
-    held_out = f"{len(heldout):,}" if heldout else "none"
-    log.info("text: %s blocks of %d tokens to train on, %s held out", f"{len(train):,}", config.data.seq_len, held_out)
-    return train, heldout
-
-
-def _contents(train: Blocks, heldout: Blocks | None) -> dict[str, str | None]:
-    """What tells one text from another."""
-    return {"train": train.description.content, "heldout": heldout.description.content if heldout else None}
-
-
-def open_blocks(data: DataConfig, names: tuple[str, ...], tokenizer: TextTokenizer, world: World) -> Blocks:
-    """The blocks that `names` stand for, prepared if they are not, and known to fit."""
-    folder = prepare_cached(
-        names,
-        tokenizer=tokenizer,
-        cache=cache_folder(data),
-        seq_len=data.seq_len,
-        text_field=data.text_field,
-        processes=len(os.sched_getaffinity(0)),  # the other ranks wait meanwhile
-        show_progress=world.is_main,
-    )
-    blocks = Blocks(Path(folder))
-    fingerprint = tokenizer.vocabulary.fingerprint
-    check_fits(blocks, seq_len=data.seq_len, fingerprint=fingerprint, tokenizer=tokenizer.folder)
-    return blocks
 
 
 def _restore(

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from distilcb.config import Config
+from distilcb.config import Config, LossConfig
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.errors import ConfigError, ModelError
 from distilcb.machine import uses_cuda
 from distilcb.models.cpu_dropout import use_cpu_dropout
-from distilcb.models.families import Family
+from distilcb.models.families import Family, family_of
 from distilcb.models.loading import hash_weights, load_language_model
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
@@ -115,7 +115,7 @@ def _check_models(config: Config, built: Models) -> None:
                 f"tokenizer {tokenizer.folder} has {tokenizer.vocabulary.size} tokens, the {name}'s vocabulary "
                 f"{model.config.vocab_size}: it is not this model's tokenizer. Leave data.tokenizer out."
             )
-    faults += _kind_faults(config, built)
+    faults += kind_faults(config.loss, student, teacher.model if teacher else None) + _tokenizer_faults(built)
     if teacher is not None:
         ours, theirs = student.config, teacher.model.config
         if ours.vocab_size != theirs.vocab_size:
@@ -130,32 +130,43 @@ def _check_models(config: Config, built: Models) -> None:
         raise ConfigError("\n  ".join(faults))
 
 
-def _kind_faults(config: Config, built: Models) -> list[str]:
-    """What is wrong where causal models and encoders meet: with each other, the objective or the tokenizer."""
-    loss, family, faults = config.loss, built.family, []
-    kind = f"{'causal' if family.causal else 'an encoder'} ({built.student.config.model_type})"
-    if family.causal and loss.mlm:
+def kind_faults(loss: LossConfig, student: Any, teacher: Any | None) -> list[str]:
+    """What is wrong where causal models and encoders meet each other or the objective."""
+    causal, kind, faults = family_of(student.config, where="student").causal, _kind(student), []
+    if causal and loss.mlm:
         faults.append(
             f"loss.mlm={loss.mlm}: the student is {kind} and predicts the next word. Give loss.clm the weight, and "
             "loss.mlm 0."
         )
-    if not family.causal and loss.clm:
+    if not causal and loss.clm:
         faults.append(
             f"loss.clm={loss.clm}: the student is {kind} and predicts masked words. Give loss.mlm the weight, and "
             "loss.clm 0."
         )
-    if built.teacher is not None and built.teacher.family.causal != family.causal:
-        taught_by = built.teacher.model.config.model_type
+    if teacher is not None and family_of(teacher.config, where="teacher").causal != causal:
         faults.append(
-            f"teacher.model: a {taught_by}, and the student is {kind}: one predicts the next word, the other masked "
-            "ones, and neither can teach the other. Use a recipe of the teacher's kind."
-        )
-    elif family.causal != built.tokenizer.vocabulary.is_causal:
-        faults.append(
-            f"tokenizer {built.tokenizer.folder} has {'a' if family.causal else 'no'} mask token, and the student is "
-            f"{kind}: it is not this model's tokenizer. Leave data.tokenizer out."
+            f"teacher.model: a {teacher.config.model_type}, and the student is {kind}: one predicts the next word, the "
+            "other masked ones, and neither can teach the other. Use a recipe of the teacher's kind."
         )
     return faults
+
+
+def _tokenizer_faults(built: Models) -> list[str]:
+    """What is wrong where the tokenizer is not of the student's kind; of the teacher's it may be."""
+    causal, tokenizer = built.family.causal, built.tokenizer
+    if built.teacher is not None and built.teacher.family.causal != causal:
+        return []
+    if causal == tokenizer.vocabulary.is_causal:
+        return []
+    return [
+        f"tokenizer {tokenizer.folder} has {'a' if causal else 'no'} mask token, and the student is "
+        f"{_kind(built.student)}: it is not this model's tokenizer. Leave data.tokenizer out."
+    ]
+
+
+def _kind(model: Any) -> str:
+    causal = family_of(model.config, where="student").causal
+    return f"{'causal' if causal else 'an encoder'} ({model.config.model_type})"
 
 
 def _other_tokenizer(config: Config, tokenizer: TextTokenizer) -> str | None:

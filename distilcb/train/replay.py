@@ -15,9 +15,7 @@ from tqdm import tqdm
 from distilcb import distributed
 from distilcb.command_line import CommandLine, parse_command_line
 from distilcb.config import Config, flatten
-from distilcb.data.corpus import find_sources
 from distilcb.data.loader import training_batches
-from distilcb.data.prepare import prepared_folder
 from distilcb.distributed import all_reduce_sum, broadcast_object, on_main
 from distilcb.engine.checkpoint import Checkpoint, Checkpoints, write_durably
 from distilcb.engine.step_module import StepModule
@@ -26,12 +24,13 @@ from distilcb.errors import CheckpointError, ConfigError, ReplayError, TrainingE
 from distilcb.losses.triplet import TERMS, active_terms
 from distilcb.monitor.metrics import Window
 from distilcb.monitor.writers import METRICS, logged_steps
-from distilcb.train.build import Progress, Run, open_blocks, take_place, watched, wire_stepper
+from distilcb.train.build import Progress, Run, take_place, watched, wire_stepper
 from distilcb.train.by_sample import BySample, figures_by_sample, spare_module, take_weights
 from distilcb.train.loop import loss_scale, training_record
 from distilcb.train.models import build_models
 from distilcb.train.replay_report import Comparison, ReplayReport, describe_samples
 from distilcb.train.run_folder import RunFolder, find_run, surroundings
+from distilcb.train.text import check_names, open_training_text
 
 log = logging.getLogger(__name__)
 
@@ -220,11 +219,10 @@ def _wire(folder: RunFolder, command: CommandLine, plan: Plan) -> tuple[Run, Ste
     config = command.config
     place = take_place(command, reads_only=True)
     on_main(lambda: refuse_facts(folder, {"precision": place.precision}))
-    if not prepared_folder(config.data.train):
-        find_sources(config.data.train)  # what stands for nothing is told before a model is loaded
+    check_names(config.data, heldout=False)
     models = build_models(config, place)
-    blocks = open_blocks(config.data, config.data.train, models.tokenizer, place.world)
-    facts = {"teacher": models.teacher_hash, "text": {"train": blocks.description.content}}
+    blocks = open_training_text(config.data, models.tokenizer, place.world)
+    facts = {"teacher": models.teacher_hash, "text": {"train": blocks.content}}
     on_main(lambda: refuse_facts(folder, facts))
     spare = spare_module(models, config.loss)
     engine, stepper, micro_batches, counts = wire_stepper(config, place, models, blocks)

@@ -220,13 +220,20 @@ def _difference(name: str, before: Any, now: Any) -> list[str]:
         return []
     if name == "text":
         before = before if isinstance(before, dict) else {}
-        return [f"data.{part}: other text than it was begun with" for part in now if before.get(part) != now[part]]
+        return [_other_text(part, before.get(part), now[part]) for part in now if before.get(part) != now[part]]
     if name == "deepspeed":
         before = before if isinstance(before, dict) else {}
         return [f"DeepSpeed file, {n}: {before.get(n)} -> {v}" for n, v in now.items() if before.get(n) != v]
     if name == "teacher":
         return ["teacher.model: another model than it was begun with"]
     return [f"{name}: {before} -> {now}"]
+
+
+def _other_text(part: str, before: Any, now: Any) -> str:
+    """before, now: a hash of the text, or one a language."""
+    if isinstance(before, list) and isinstance(now, list) and sorted(before) == sorted(now):
+        return f"data.{part}: the languages are in another order than it was begun with"
+    return f"data.{part}: other text than it was begun with"
 
 
 def provenance(command: CommandLine, world_size: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from distilcb.config import REPOSITORY
 DATA = REPOSITORY.parent / "shared" / "data" / "corpus"
 FAMILIES = {
     "distilbert-uncased": ("DistilBertForMaskedLM", "fill-mask", "the old [MASK]"),
+    "distilmbert": ("DistilBertForMaskedLM", "fill-mask", "the old [MASK]"),
     "distilgpt2": ("GPT2LMHeadModel", "text-generation", "the old"),
 }
 
@@ -34,7 +35,7 @@ def figures(tmp_path_factory):
         env=environ,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1500,
         check=False,
     )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-4000:]

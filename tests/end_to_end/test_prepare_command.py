@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from refusal import assert_refused
+from transformers import GPT2Tokenizer
 
 from distilcb.config import DEFAULT_RECIPE
 from distilcb.data.blocks import Blocks
@@ -36,6 +37,21 @@ def prepare(commands, tmp_path):
         return Blocks(output)
 
     return run
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_blocks_for_causal_models_are_said_to_be_such(commands, tmp_path, causal):
+    folder = TEACHER
+    if causal:
+        folder = tmp_path / "gpt2"
+        GPT2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1, "b": 2}, merges=[]).save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("a b a b b a bb aa " * 100)
+    words = ["--tokenizer", folder, "--output", tmp_path / "blocks", "--seq_len", "16", "--input", text]
+    ended = commands.python("prepare", *words)
+    assert ended.returncode == 0, ended.stderr
+    said = [line for line in ended.stderr.splitlines() if "no mask token" in line]
+    assert said == [f"tokenizer {folder} has no mask token: blocks for causal models such as GPT-2"] * causal
 
 
 @pytest.fixture(scope="module")

@@ -377,6 +377,7 @@ OUT_OF_RANGE = {
     "student.init_layers": [[-1], [0, 1.5], 3],
     "student.dropout": [-0.1, 1.0, 1.5],
     "data.seq_len": [7, 0, -512],
+    "data.language_exponent": [-0.1, 1.01],
     "data.fraction": [0.0, 1.01, -1],
     "data.workers": [-1, 0.5],
     "masking.rate": [0.0, 0.51, -0.15],
@@ -429,6 +430,8 @@ def test_a_number_out_of_range_is_refused(name, recipe):
         ("masking.rate", 0.5),
         ("student.dropout", 0.0),
         ("data.fraction", 1.0),
+        ("data.language_exponent", 0.0),
+        ("data.language_exponent", 1.0),
         ("data.workers", 0),
         ("masking.smoothing", 0.0),
         ("optim.clip", 0.0),
@@ -482,6 +485,14 @@ STUDENT_ALONE = {
             ["student.config", "data.tokenizer"],
         ),
         ({"masking": {"mask_share": 0.95}}, ["masking.mask_share=0.95", "masking.random_share=0.1"]),
+        (
+            {"data": {"language_exponent": 0.7, "train": ["all.txt"]}},
+            ["data.language_exponent=0.7", "names one text, all.txt", "--data.language_exponent null"],
+        ),
+        (
+            {"data": {"language_exponent": 1, "train": ["fr", "de", "fr"]}},
+            ["data.train names fr twice", "Name each once"],
+        ),
         ({"student": {"init_layers": [0, 2, 4], "num_layers": 2}}, ["student.init_layers", "student.num_layers=2"]),
     ],
 )
@@ -501,6 +512,9 @@ def test_settings_that_contradict_each_other_are_named(tree, named):
         {"masking": {"mask_share": 0.7, "random_share": 0.3}},
         {"student": {"init_layers": [0, 2, 4], "num_layers": 3}},
         {"student": {"init_layers": [0, 2, 4]}},
+        {"data": {"language_exponent": 0.7, "train": ["fr", "de"]}},
+        {"data": {"language_exponent": 0.7}},
+        {"data": {"train": ["fr", "fr"]}},
         {"loss": {"kl": 0, "mlm": 0, "cos": 0, "mse": 1}},
     ],
 )

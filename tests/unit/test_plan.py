@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import CamembertConfig, CamembertForMaskedLM
+from transformers import CamembertConfig, CamembertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from distilcb.command_line import parse_command_line
 from distilcb.config import REPOSITORY
@@ -15,6 +15,7 @@ from distilcb.plan import prediction
 from distilcb.plan.command import plan_from
 from distilcb.plan.prediction import Machine, Step, activation_bytes, largest_micro_batch, memory
 from distilcb.plan.sizes import ModelSizes, sizes_of
+from distilcb.train.models import kind_faults
 
 RECIPE = ["--recipe", str(REPOSITORY / "recipes" / "distilcamembert.yaml"), "--dry_run"]
 NODE = Machine(8, 4, memory=80e9, flops=312e12, efficiency=0.4, link=300e9, node_link=25e9)
@@ -148,11 +149,25 @@ def test_a_micro_batch_that_does_not_fit_is_said_with_the_one_that_does(capsys):
         (["--gpus", "8", "--gpu", "h100", "--json", "no/folder/x.json"], "no/folder is no folder"),
         (["--gpus", "8", "--gpu", "h100", "--optim.lr", "-1"], "optim.lr"),
         (["--gpus", "8", "--gpu", "h100", "--student.init", "some/folder"], "student.init some/folder"),
+        (
+            ["--gpus", "8", "--gpu", "h100", "--loss.mlm", "0", "--loss.clm", "0.2"],
+            r"loss\.clm=0\.2: the student is an encoder \(camembert\).*Give loss\.mlm the weight, and loss\.clm 0",
+        ),
     ],
 )
 def test_mistakes_are_told(words, told):
     with pytest.raises(ConfigError, match=told):
         plan_from([*RECIPE[:2], *words], description=None)
+
+
+def test_a_plan_refuses_a_causal_teacher_with_masked_words_as_training_does(tmp_path):
+    GPT2Config(vocab_size=100, n_layer=2, n_embd=16, n_head=2).save_pretrained(tmp_path)
+    words = ["--gpus", "8", "--gpu", "h100", "--teacher.model", str(tmp_path), "--data.seq_len", "128"]
+    with pytest.raises(ConfigError) as refused:
+        plan_from([*RECIPE[:2], *words], description=None)
+    student = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_layer=1, n_embd=16, n_head=2))
+    assert str(refused.value) == "\n  ".join(kind_faults(config().loss, student, student))
+    assert "loss.mlm=0.2: the student is causal (gpt2) and predicts the next word" in str(refused.value)
 
 
 def test_computing_activations_again_costs_a_third_of_the_students_layers(sizes):
