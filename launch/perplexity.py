@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from distilcb import distributed
@@ -13,30 +12,31 @@ from distilcb.command_line import Parser, number
 def main(words: list[str]) -> None:
     parser = Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or hub names, such as runs/x/student")
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="read as it is; also .gz, .xz, .zst")
+    parser.add_argument(
+        "--text", nargs="+", required=True, metavar="NAME", help="files or hub:NAME:CONFIG:SPLIT, read as they are"
+    )
     parser.add_argument("--window", type=number(2), help="tokens of a window (default: the model's positions)")
     parser.add_argument("--stride", type=number(1), help="tokens from window to window (default: half a window)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     options = parser.parse_args(words)
-    from distilcb.data.corpus import whole_text
+    from distilcb.data.corpus import read_as_it_runs
     from distilcb.errors import DataError, writing
-    from distilcb.eval.perplexity import perplexity_of
+    from distilcb.eval.perplexity import perplexity_of, perplexity_rows
     from distilcb.eval.report import as_console
 
     distributed.configure_logging(distributed.discover())
-    text, world = whole_text(options.text), distributed.start()
-    rows, found = [["", "perplexity a token", "a word", "bits a character", "tokens"]], {}
-    for name in options.models:
-        each = perplexity_of(name, text, size=options.window, stride=options.stride, world=world)
-        figures = (f"{each.a_token:.2f}", f"{each.a_word:.2f}", f"{each.bits_a_character:.4f}", f"{each.tokens:,}")
-        rows.append([name, *figures])
-        found[name] = asdict(each) | {"perplexity_a_token": each.a_token, "perplexity_a_word": each.a_word}
+    text, world = "".join(read_as_it_runs(options.text)), distributed.start()
+    found = {
+        name: perplexity_of(name, text, size=options.window, stride=options.stride, world=world)
+        for name in options.models
+    }
     if world.is_main:
-        print(as_console(rows))
+        print(as_console(perplexity_rows(found)))
     if options.json and world.is_main:
         with writing(options.json.parent, DataError, "Name a folder that can be written to."):
-            options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            figures = {name: each.as_dict() for name, each in found.items()}
+            options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     distributed.stop()
 
 

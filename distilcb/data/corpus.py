@@ -38,6 +38,7 @@ Source = Path | HubDataset | OpenDataset
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
+_PIECE_CHARACTERS = 1 << 20
 _NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_field)."
 
 
@@ -91,15 +92,45 @@ def read_documents(
         DataError: naming the file, and the line or column where one is at fault.
     """
     source = opened(source)
+    yield from _cleaned(source, _texts(source, text_field, damage, start, end), damage)
+
+
+def _texts(
+    source: Path | OpenDataset, text_field: str, damage: Damage, start: int = 0, end: int | None = None
+) -> Iterator[str | bytes]:
+    """As they are; lines of a .txt with their ends."""
     if isinstance(source, OpenDataset):
-        texts = _read_dataset(source, text_field, start, end)
+        yield from _read_dataset(source, text_field, start, end)
     elif _format(source) == ".parquet":
-        texts = _read_parquet(source, text_field, start, end)
+        yield from _read_parquet(source, text_field, start, end)
     else:
         lines = _lines(source, start, end)
         before = partial(_count_lines_before, source, start)
-        texts = _of_lines(source, lines, text_field, damage, lines_before=before)
-    yield from _cleaned(source, texts, damage)
+        yield from _of_lines(source, lines, text_field, damage, lines_before=before)
+
+
+def read_as_it_runs(names: Sequence[str], *, text_field: str = "text") -> Iterator[str]:
+    """One running text in pieces of about a megabyte: what these names hold as it is, line ends too, nothing cleaned.
+
+    Pieces end where a line, a record or a row does.
+
+    Raises:
+        DataError: a name that stands for nothing readable, a file that is damaged or not UTF-8.
+    """
+    piece, characters = list[str](), 0
+    for source in map(opened, find_sources(names)):
+        with naming(source):
+            for text in _texts(source, text_field, Damage()):
+                try:
+                    piece.append(text if isinstance(text, str) else text.decode())
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{source} is not UTF-8: {error}. Save it as UTF-8.") from error
+                characters += len(piece[-1])
+                if characters >= _PIECE_CHARACTERS:
+                    yield "".join(piece)
+                    piece, characters = [], 0
+    if piece:
+        yield "".join(piece)
 
 
 @dataclass(frozen=True)
@@ -138,19 +169,6 @@ def read_chunks(path: Path, *, chunk_bytes: int, skip_damaged: bool = False) -> 
             there = tell() if ahead else path.stat().st_size  # the last takes what a reader leaves unread
             yield Chunk(text, lines, "" if ahead else stream.fault), there - position
             lines, position, is_first = lines + text.count(b"\n"), there, False
-
-
-def whole_text(path: Path) -> str:
-    """A text file as it is, decompressed; nothing is cleaned.
-
-    Raises:
-        DataError: not there, not whole, or not UTF-8.
-    """
-    try:
-        with naming(path), _open_bytes(path) as (stream, _):
-            return stream.read().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}. Save it as UTF-8.") from error
 
 
 def opened(source: Source) -> Path | OpenDataset:

@@ -1,8 +1,8 @@
 """Perplexity of a long text under a causal model: sliding windows, so that every token but the first counts once."""
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -42,7 +42,13 @@ class Perplexity:
 
     @property
     def bits_a_character(self) -> float:
+        """Comparable between tokenizers too."""
         return self.nll / self.characters / math.log(2)
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON."""
+        figures = {"perplexity_a_token": self.a_token, "perplexity_a_word": self.a_word}
+        return asdict(self) | figures | {"bits_a_character": self.bits_a_character}
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,16 @@ class Window:
     start: int
     first: int
     stop: int
+
+
+def perplexity_rows(found: Mapping[str, Perplexity]) -> list[list[str]]:
+    """Header and one row a model."""
+    rows = [["", "perplexity a token", "a word", "bits a character", "tokens"]]
+    for name, each in found.items():
+        rows.append(
+            [name, f"{each.a_token:.2f}", f"{each.a_word:.2f}", f"{each.bits_a_character:.4f}", f"{each.tokens:,}"]
+        )
+    return rows
 
 
 def windows(tokens: int, *, size: int, stride: int) -> Iterator[Window]:

@@ -83,7 +83,7 @@ def test_text_that_is_not_there_damaged_or_no_text_is_refused(commands, model, t
     (tmp_path / "cut.txt.gz").write_bytes(text.read_bytes()[:-40])
     (tmp_path / "latin.txt").write_bytes("été".encode("latin-1"))
     (tmp_path / "short.txt").write_text("")
-    for name, said in (("none.txt", "No such file"), ("cut.txt.gz", "cut.txt.gz"), ("latin.txt", "is not UTF-8")):
+    for name, said in (("none.txt", "does not exist"), ("cut.txt.gz", "cut.txt.gz"), ("latin.txt", "is not UTF-8")):
         assert_refused(commands.python("perplexity", model, "--text", tmp_path / name), said)
     ended = commands.python("perplexity", model, "--text", tmp_path / "short.txt")
     assert_refused(ended, "the text has 0 token(s)", "needed 2 or more")
