@@ -4,6 +4,7 @@ A stored permutation of 64 million rows would cost 512 MB on every rank, and no 
 streams stay the same across versions. So the order is a keyed permutation computed by index (a Feistel network).
 """
 
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,7 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+@lru_cache(maxsize=8192)  # a batch from a hundred languages needs eight for each, the same ones as the batch before
 def key(*parts: int) -> np.uint64:
     """One 64-bit key from several whole numbers; their order matters."""
     state = np.zeros(1, dtype=np.uint64)

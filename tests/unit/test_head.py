@@ -12,18 +12,18 @@ ROWS, LABELLED, HIDDEN, TEACHER_HIDDEN, VOCAB = 37, 9, 16, 24, 101
 class Case:
     """One random head, its teacher and labels, in a dtype; logits are spread as trained models spread them."""
 
-    def __init__(self, dtype=torch.float32, seed=0, bias=True, logit_scale=2.0):
+    def __init__(self, dtype=torch.float32, seed=0, bias=True, logit_scale=2.0, vocab=VOCAB):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape, scale=1.0):
             return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
         self.features = draw(ROWS, HIDDEN).requires_grad_()
-        self.weight = draw(VOCAB, HIDDEN, scale=logit_scale / HIDDEN**0.5).requires_grad_()
-        self.bias = draw(VOCAB).requires_grad_() if bias else None
-        teacher_weight = draw(VOCAB, TEACHER_HIDDEN, scale=logit_scale / TEACHER_HIDDEN**0.5)
-        self.teacher = (draw(ROWS, TEACHER_HIDDEN), teacher_weight, draw(VOCAB))
-        self.labels = torch.randint(0, VOCAB, (LABELLED,), generator=generator)
+        self.weight = draw(vocab, HIDDEN, scale=logit_scale / HIDDEN**0.5).requires_grad_()
+        self.bias = draw(vocab).requires_grad_() if bias else None
+        teacher_weight = draw(vocab, TEACHER_HIDDEN, scale=logit_scale / TEACHER_HIDDEN**0.5)
+        self.teacher = (draw(ROWS, TEACHER_HIDDEN), teacher_weight, draw(vocab))
+        self.labels = torch.randint(0, vocab, (LABELLED,), generator=generator)
 
     @property
     def leaves(self):
@@ -84,6 +84,17 @@ def test_streamed_head_equals_the_plain_one_in_loss_and_all_gradients(coefficien
     assert coefficients.total(sums).item() == pytest.approx(wanted.item(), rel=2e-6)
     for found, expected in zip(gradients, wanted_gradients, strict=True):
         assert relative_error(found, expected) < 2e-6
+
+
+def test_streamed_head_equals_the_plain_one_on_multilingual_berts_vocabulary():
+    coefficients, case = HeadCoefficients(kl=5 / 37, mlm=2 / 9), Case(vocab=119_547)
+    assert case.labels.max() > 65_536
+    loss, _ = case.streamed(coefficients)
+    gradients = torch.autograd.grad(loss, case.leaves)
+    wanted, wanted_gradients = case.plain(coefficients)
+    assert loss.item() == pytest.approx(wanted.item(), rel=5e-6)
+    for found, expected in zip(gradients, wanted_gradients, strict=True):
+        assert relative_error(found, expected) < 5e-6
 
 
 @pytest.mark.parametrize("chunk_rows", [5, 64])
