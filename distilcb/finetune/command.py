@@ -49,7 +49,7 @@ def parser_of(description: str | None) -> Parser:
     )
     parser.add_argument("--seeds", type=number(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, or to go on in")
-    real = {"type": number(1e-9, kind=float)}
+    real: dict[str, Any] = {"type": number(1e-9, kind=float)}
     parser.add_argument("--epochs", **real, default=3.0, help="passes over the data (default: 3, published)")
     parser.add_argument("--lr", **real, default=5e-5, help="(default: 5e-5, of the published script)")
     parser.add_argument("--batch", type=number(1), default=8, help="sequences a step (default: 8, likewise)")
@@ -64,7 +64,7 @@ def parser_of(description: str | None) -> Parser:
     parser.add_argument(
         "--stride", type=number(1), default=128, help="tokens between windows (default: 128, published)"
     )
-    zero = {"type": number(0, kind=float)}
+    zero: dict[str, Any] = {"type": number(0, kind=float)}
     parser.add_argument("--alpha_soft", **zero, default=0.5, help="weight of soft targets (default: 0.5, published)")
     parser.add_argument(
         "--alpha_hard", **zero, default=0.5, help="weight of labels beside them (default: 0.5, published)"

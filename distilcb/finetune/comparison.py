@@ -22,7 +22,7 @@ from distilcb.errors import ConfigError, TrainingError, writing
 from distilcb.finetune.objective import Weights
 from distilcb.finetune.report import as_table, summary
 from distilcb.finetune.subjects import Subject
-from distilcb.finetune.training import Outcome, Recipe, TaskTrainer, train
+from distilcb.finetune.training import Outcome, Recipe, TaskTrainer, arguments, train
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +78,12 @@ class Comparison:
                 folder = output / arm / f"seed_{seed}"
                 taught_by = teacher if arm == "with" else None
                 results.setdefault(arm, {})[seed] = self._one(folder, self.student, self.recipe, seed, taught_by, arm)
-        made = {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": self.settings, "read": self.subject.facts}
-        made |= {"results": results, "summary": summary(results, self.subject.columns)}
+        found = summary(results, self.subject.columns)
+        made: dict[str, Any] = {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": self.settings}
+        made |= {"read": self.subject.facts, "results": results, "summary": found}
         write_durably(output / "results.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
-        write_durably(output / "results.md", as_table(made["summary"], self.subject.columns) + "\n")
-        lost = [arm for arm in self.arms if not made["summary"][arm]["seeds"]]
+        write_durably(output / "results.md", as_table(found, self.subject.columns) + "\n")
+        lost = [arm for arm in self.arms if not found[arm]["seeds"]]
         if lost:
             raise TrainingError(f"{output}: no seed of '{lost[0]}' kept a finite loss. Take a smaller --lr.")
         return made
@@ -136,18 +137,14 @@ class Comparison:
             log.warning("%s: the loss was no number at step %d", folder, outcome.diverged_at)
             return facts | {"diverged_at_step": outcome.diverged_at}
         figures = self.subject.measure(trainer, folder / "predictions.jsonl")
-        save_model(folder / "model", trainer.model, self.subject.tokenizer)
+        save_model(folder / "model", trainer.trained, self.subject.tokenizer)
         log.info("%s: %s", folder, ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
         return facts | {"figures": figures}
 
 
 def measuring_trainer(subject: Subject, model: Any, folder: Path) -> TaskTrainer:
     """A trainer that only measures."""
-    from transformers import PrinterCallback
-
-    from distilcb.finetune.training import arguments
-
-    trainer = TaskTrainer(
+    return TaskTrainer(
         subject.kind,
         None,
         Weights(),
@@ -155,8 +152,6 @@ def measuring_trainer(subject: Subject, model: Any, folder: Path) -> TaskTrainer
         args=arguments(Recipe(), seed=0, folder=folder, sequences=1),
         data_collator=subject.collate,
     )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from distilcb.data.tokenizer import TextTokenizer, load_tokenizer
 from distilcb.errors import ConfigError, ModelError, first_line
@@ -45,10 +46,10 @@ def load_for_task(name: str, task: Task | None, *, fine_tuned: bool) -> Any:
         return load_language_model(name, dtype=torch.float32)
     if fine_tuned:
         _check_labels(config, task, name)
-    return _load(name, task, config, fine_tuned=fine_tuned)
+    return _load(name, task, fine_tuned=fine_tuned)
 
 
-def _load(name: str, task: Task, config: Any, *, fine_tuned: bool) -> Any:
+def _load(name: str, task: Task, *, fine_tuned: bool) -> Any:
     labels = {} if fine_tuned else _labels_of_head(task)
     try:
         model, info = _CLASSES[task.kind].from_pretrained(
@@ -59,7 +60,7 @@ def _load(name: str, task: Task, config: Any, *, fine_tuned: bool) -> Any:
             output_loading_info=True,
             **labels,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
         raise ModelError(
             f"model {name} cannot be read for task {task.name}: {first_line(error)}. Needed: a folder with config.json "
             "and model.safetensors."

@@ -28,6 +28,7 @@ from distilcb.tasks.scores import scores
 log = logging.getLogger(__name__)
 
 Figures = dict[str, float]
+Collate = Callable[[list[Any]], dict[str, Any]]
 
 _TOKENS_A_PASS = 8192
 _TEXT_PARTS = 8
@@ -47,7 +48,7 @@ class Subject(Protocol):
     columns: tuple[str, ...]
     facts: dict[str, Any]
     data: Any
-    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    collate: Collate
     tokenizer: Any
 
     def load(self, name: str, *, fine_tuned: bool) -> Any:
@@ -74,7 +75,8 @@ class LabelledTask:
         """Reads and encodes; raises DataError and ModelError for what cannot be used."""
         rows = TaskRows(source)
         split = split or rows.heldout_split()
-        self.task, self.kind, self.tokenizer = task, task.kind, tokenizer_for(model, task)
+        self.task, self.tokenizer = task, tokenizer_for(model, task)
+        self.kind: str = task.kind
         self.columns = task.metrics
         lengths = {"max_length": max_length, "stride": stride}
         training = encode(rows.read(task, "train", limit=train_rows), task, self.tokenizer, **lengths)
@@ -86,7 +88,8 @@ class LabelledTask:
         for name, figures in (("train", training.figures), (split, self.heldout.figures)):
             log.info("%s: %s", name, ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in figures.items()))
         tags = task.kind == "tagging"
-        self.collate = (DataCollatorForTokenClassification if tags else DataCollatorWithPadding)(self.tokenizer)
+        collator: Any = DataCollatorForTokenClassification if tags else DataCollatorWithPadding
+        self.collate: Collate = collator(self.tokenizer)
 
     def load(self, name: str, *, fine_tuned: bool) -> Any:
         return load_for_task(name, self.task, fine_tuned=fine_tuned)
@@ -106,8 +109,8 @@ class LabelledTask:
 class NextWords:
     """Text for a causal model, packed into blocks as for distillation."""
 
-    kind = "causal"
-    columns = ("perplexity", "loss")
+    kind: str = "causal"
+    columns: tuple[str, ...] = ("perplexity", "loss")
 
     def __init__(
         self, text: Sequence[str], heldout: Sequence[str], model: str, *, max_length: int, cache: Path
@@ -119,7 +122,7 @@ class NextWords:
         self.tokenizer, self._vocabulary = words.hugging_face, words.vocabulary
         self.training, self.heldout = (self._blocks(names, words, max_length, cache) for names in (text, heldout))
         self.data = NextWordRows(self.training, NextToken(words.vocabulary, max_length))
-        self.collate = default_data_collator
+        self.collate: Collate = default_data_collator
         self.facts = {"max_length": max_length, "train": {"sequences": len(self.training)}} | {
             "heldout": {"sequences": len(self.heldout)}
         }
@@ -132,7 +135,7 @@ class NextWords:
         batches = fixed_heldout_batches(
             self.heldout, self._vocabulary, micro_batch=max(1, _TOKENS_A_PASS // self.heldout.seq_len)
         )
-        model: Any = trainer.model
+        model = trainer.trained
         family = family_of(model.config, where="model")
         device = trainer.args.device
         found = evaluate(model, None, family, batches, maskings=_TEXT_PARTS, device=device)["student"]

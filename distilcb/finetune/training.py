@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from distilcb.finetune.objective import OBJECTIVES, Batch, Weights
+from distilcb.finetune.objective import OBJECTIVES, Batch, Objective, Weights
 from distilcb.machine import uses_cuda
 
 log = logging.getLogger(__name__)
@@ -89,12 +89,11 @@ def train(
         train_dataset=data,
         callbacks=[watch],
     )
-    trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     trainer.train()
     steps = trainer.state.global_step
     diverged_at = watch.diverged_at
-    if diverged_at is None and not all(bool(p.isfinite().all()) for p in trainer.model.parameters()):
+    if diverged_at is None and not all(bool(value.isfinite().all()) for value in trainer.trained.parameters()):
         diverged_at = steps
     return trainer, Outcome(steps, time.monotonic() - started, watch.curve, diverged_at)
 
@@ -134,12 +133,19 @@ class TaskTrainer(Trainer):
 
     def __init__(self, kind: str, teacher: Any | None, weights: Weights, **settings: Any) -> None:
         super().__init__(**settings)
-        self.objective, self.weights = OBJECTIVES[kind], weights
+        self.remove_callback(PrinterCallback)
+        self.objective: Objective = OBJECTIVES[kind]
+        self.weights = weights
         self.teacher = teacher
         if teacher is not None:
             # Only the student runs under autocast.
             dtype = torch.bfloat16 if uses_cuda() else torch.float32
             teacher.to(self.args.device, dtype).eval().requires_grad_(False)
+
+    @property
+    def trained(self) -> Any:
+        """The model itself, whatever the Trainer has wrapped around it."""
+        return self.model
 
     def compute_loss(
         self,
@@ -149,7 +155,7 @@ class TaskTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The mean loss of a batch; while training, with soft targets."""
-        output = model(**read_by(self.model, inputs))
+        output = model(**read_by(self.trained, inputs))
         loss = self.objective.hard(output, inputs)
         if self.teacher is not None and model.training:
             with torch.no_grad():
@@ -174,9 +180,9 @@ class Watch(TrainerCallback):
         self.curve: list[tuple[int, float]] = []
         self.diverged_at: int | None = None
 
-    def on_log(self, _args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
-        loss = (logs or {}).get("loss")
+        loss = kwargs["logs"].get("loss")
         if loss is None:
             return
         self.curve.append((state.global_step, float(loss)))

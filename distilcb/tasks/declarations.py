@@ -160,4 +160,5 @@ def read_task(path: Path) -> Task:
         came = sorted(map(str, facts)) if isinstance(facts, dict) else type(facts).__name__
         raise ConfigError(f"{path}: came {came}, needed {', '.join(needed)}, and of {', '.join(names)} what is wanted.")
     lists = {name: tuple(map(str, facts[name])) for name in ("texts", "metrics", "labels") if name in facts}
-    return Task(**({"name": path.stem} | facts | lists))
+    values: dict[str, Any] = {"name": path.stem} | facts | lists
+    return Task(**values)

@@ -131,7 +131,8 @@ def test_an_answer_longer_than_any_window_is_counted(tokenizer):
 def window_of(*, tokens, before):
     """A window whose context token i has character i."""
     spans = np.full((tokens, 2), -1, dtype=np.int32)
-    spans[before:] = [(place, place + 1) for place in range(tokens - before)]
+    spans[before:, 0] = range(tokens - before)
+    spans[before:, 1] = range(1, tokens - before + 1)
     ids = np.zeros(tokens, dtype=np.int32)
     return Window(0, ids, ids, spans)
 
