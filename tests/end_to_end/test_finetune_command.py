@@ -29,7 +29,9 @@ PEOPLE = ["Marie", "Jean", "Louise", "Paul"]
 
 def question(number):
     city, person = CITIES[number % len(CITIES)], PEOPLE[number % len(PEOPLE)]
-    context = f"Depuis dix ans {person} travaille et {person} habite à {city} dans une vieille maison."
+    context = (
+        f"Depuis plus de dix ans {person} travaille beaucoup, et {person} habite à {city} dans une vieille maison."
+    )
     answers = {"text": [city], "answer_start": [context.index(city)]}
     return {"question": f"Où habite {person} ?", "context": context, "answers": answers}
 
