@@ -113,8 +113,8 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
         "recipe": recipe_facts(recipe),
         "teacher_recipe": recipe_facts(teacher_recipe) if options.teacher_base else None,
     }
-    for name in [options.student, *([options.teacher] if options.teacher else [])]:
-        subject.load(name, fine_tuned=name == options.teacher)  # a wrong one is told before hours of the others
+    for name in names:  # a wrong one is told before hours of the others
+        subject.load(name, fine_tuned=name == options.teacher)
     return Comparison(
         subject=subject,
         student=options.student,

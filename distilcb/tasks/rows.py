@@ -104,14 +104,11 @@ def checked(task: Task, row: Any, *, where: str) -> Row:
     if not isinstance(row, dict):
         raise DataError(f"{where}: came {type(row).__name__}, needed an object with {', '.join(task.needed_fields)}.")
     missing = [name for name in task.needed_fields if row.get(name) is None]
-    if missing == [task.target]:
-        raise DataError(
-            f"{where}: no '{task.target}', so nothing to compare with. Evaluate on labelled rows (--split)."
-        )
     if missing:
+        unlabelled = " Rows without answers cannot be used: choose a --split that has them." * (task.target in missing)
         raise DataError(
             f"{where}: no {', '.join(missing)}; came {', '.join(map(str, row))}, task {task.name} needs "
-            f"{', '.join(task.needed_fields)}."
+            f"{', '.join(task.needed_fields)}.{unlabelled}"
         )
     texts = {name: row[name] for name in task.texts}
     wanted = list if task.kind == "tagging" else str
@@ -144,9 +141,7 @@ def _label_number(task: Task, value: Any, where: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
         return value
     if value == -1:
-        raise DataError(
-            f"{where}: '{task.target}' is -1, which stands for no label. Evaluate on labelled rows (--split)."
-        )
+        raise DataError(f"{where}: '{task.target}' is -1, which stands for no label: choose a --split that has them.")
     raise DataError(
         f"{where}: '{task.target}' is {value!r}; task {task.name} has {', '.join(task.labels)}, or their numbers "
         "from 0."

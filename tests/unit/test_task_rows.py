@@ -54,7 +54,11 @@ def test_rows_are_held_out_on_test_where_there_is_one(tmp_path):
 
 FAULTS = {
     "no such field": ("allocine_fr", {"review": "x", "label": 1}, "no text; came review, label"),
-    "not labelled": ("allocine_fr", {"text": "x"}, "no 'label', so nothing to compare with"),
+    "not labelled": (
+        "allocine_fr",
+        {"text": "x"},
+        "no label; came text, task allocine_fr needs text, label. Rows without answers cannot",
+    ),
     "labelled by nobody": ("allocine_fr", REVIEW | {"label": -1}, "-1, which stands for no label"),
     "an unknown label": ("xnli_fr", INFERENCE | {"label": "maybe"}, "'maybe'; task xnli_fr has entailment, neutral"),
     "a number too high": ("allocine_fr", REVIEW | {"label": 2}, "is 2"),
