@@ -16,10 +16,10 @@ LAYERS = [
     {"command_line", "machine"},
     {"distributed"},
     {"preemption", "watchdog"},
-    {"data", "models", "losses", "monitor"},
+    {"data", "models", "losses", "monitor", "tasks"},
     {"engine"},
     {"eval", "export"},
-    {"train"},
+    {"train", "finetune"},
     {"doctor", "plan"},
     {"launch"},
 ]

@@ -1,0 +1,175 @@
+"""launch/finetune.py: its options, and how they become a comparison. Imports no torch, so `--help` answers at once."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilcb.command_line import Parser, number
+from distilcb.config import DataConfig, cache_folder
+from distilcb.errors import ConfigError
+from distilcb.hub import HUB_PREFIX
+from distilcb.launcher import discover
+from distilcb.machine import keep_freed_memory, size_cpu_threads, uses_cuda
+from distilcb.tasks.declarations import TASKS, task_named
+
+if TYPE_CHECKING:
+    from distilcb.finetune.comparison import Comparison
+    from distilcb.finetune.subjects import Subject
+
+log = logging.getLogger(__name__)
+
+CAUSAL = "causal"
+_ARMS = {"both": ("without", "with"), "on": ("with",), "off": ("without",)}
+_LENGTHS = {"question_answering": 384, "classification": 128, "regression": 128, "tagging": 256, CAUSAL: 1024}
+
+
+def parser_of(description: str | None) -> Parser:
+    """The options of launch/finetune.py."""
+    parser = Parser(description=description, allow_abbrev=False)
+    tasks = ", ".join([*TASKS, CAUSAL])
+    parser.add_argument("--task", required=True, metavar="NAME", help=f"of {tasks}; or a YAML file that declares one")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="NAME",
+        help="folder of train, dev and test.jsonl(.gz), or hub:NAME[:CONFIG]; of causal the training text",
+    )
+    parser.add_argument("--heldout", nargs="+", metavar="NAME", help="text to measure on, of causal alone")
+    parser.add_argument(
+        "--split", choices=["dev", "test"], help="rows to measure on (default: test where there is one)"
+    )
+    parser.add_argument("--student", required=True, metavar="MODEL", help="folder or hub name, such as a run's student")
+    teacher = parser.add_mutually_exclusive_group()
+    teacher.add_argument("--teacher", metavar="MODEL", help="a model that has been fine-tuned on the task")
+    teacher.add_argument("--teacher_base", metavar="MODEL", help="a model to fine-tune as the teacher first")
+    parser.add_argument(
+        "--soft_targets", choices=list(_ARMS), help="with and without, or one (default: both where there is a teacher)"
+    )
+    parser.add_argument("--seeds", type=number(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, or to go on in")
+    real: dict[str, Any] = {"type": number(1e-9, kind=float)}
+    parser.add_argument("--epochs", **real, default=3.0, help="passes over the data (default: 3, published)")
+    parser.add_argument("--lr", **real, default=5e-5, help="(default: 5e-5, of the published script)")
+    parser.add_argument("--batch", type=number(1), default=8, help="sequences a step (default: 8, likewise)")
+    parser.add_argument("--warmup", type=number(0, 1, kind=float), default=0.0, help="share of the steps (default: 0)")
+    parser.add_argument("--teacher_epochs", **real, help="of --teacher_base (default: as --epochs)")
+    parser.add_argument("--teacher_lr", **real, help="of --teacher_base (default: as --lr)")
+    parser.add_argument(
+        "--max_length",
+        type=number(16, 65_536),
+        help="tokens of a sequence (default: 384 for questions, 1024 for causal, 256 for tags, else 128)",
+    )
+    parser.add_argument(
+        "--stride", type=number(1), default=128, help="tokens between windows (default: 128, published)"
+    )
+    zero: dict[str, Any] = {"type": number(0, kind=float)}
+    parser.add_argument("--alpha_soft", **zero, default=0.5, help="weight of soft targets (default: 0.5, published)")
+    parser.add_argument(
+        "--alpha_hard", **zero, default=0.5, help="weight of labels beside them (default: 0.5, published)"
+    )
+    parser.add_argument("--temperature", **real, default=2.0, help="of soft targets (default: 2, published)")
+    parser.add_argument("--train_rows", type=number(1), metavar="COUNT", help="take the first rows only (default: all)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where prepared text of causal is kept")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
+    return parser
+
+
+def comparison_of(options: argparse.Namespace) -> "Comparison":
+    """What the options ask for, with data and models checked.
+
+    Raises:
+        UserError: options that do not go together, data or models that cannot be used.
+    """
+    arms = check_options(options)
+    if not uses_cuda():
+        size_cpu_threads(discover())
+        keep_freed_memory()
+    from distilcb.finetune.comparison import Comparison, recipe_facts
+    from distilcb.finetune.models import check_same_tokenizer, longest_sequence
+    from distilcb.finetune.objective import Weights
+    from distilcb.finetune.training import Recipe
+
+    teacher = options.teacher or options.teacher_base
+    names = [options.student, *([teacher] if teacher else [])]
+    if teacher and "with" in arms:
+        check_same_tokenizer(options.student, teacher)
+    kind = CAUSAL if options.task == CAUSAL else task_named(options.task).kind
+    longest = longest_sequence(names, options.max_length or _LENGTHS[kind])
+    subject = subject_of(options, longest)
+    recipe = Recipe(options.epochs, options.lr, options.batch, options.warmup)
+    teacher_recipe = Recipe(
+        options.teacher_epochs or options.epochs, options.teacher_lr or options.lr, options.batch, options.warmup
+    )
+    weights = Weights(hard=options.alpha_hard, soft=options.alpha_soft, temperature=options.temperature)
+    settings = {
+        **{name: getattr(options, name) for name in ("task", "data", "heldout", "student", "teacher", "teacher_base")},
+        **{
+            name: getattr(options, name) for name in ("alpha_soft", "alpha_hard", "temperature", "stride", "train_rows")
+        },
+        "split": subject.facts.get("split"),
+        "max_length": longest,
+        "recipe": recipe_facts(recipe),
+        "teacher_recipe": recipe_facts(teacher_recipe) if options.teacher_base else None,
+    }
+    for name in names:  # a wrong one is told before hours of the others
+        subject.load(name, fine_tuned=name == options.teacher)
+    return Comparison(
+        subject=subject,
+        student=options.student,
+        teacher=options.teacher,
+        teacher_base=options.teacher_base,
+        recipe=recipe,
+        teacher_recipe=teacher_recipe,
+        weights=weights,
+        arms=arms,
+        seeds=tuple(options.seeds),
+        settings=settings,
+    )
+
+
+def check_options(options: argparse.Namespace) -> tuple[str, ...]:
+    """The arms that are wanted.
+
+    Raises:
+        ConfigError: every fault of the options, in one message.
+    """
+    faults = []
+    has_teacher = bool(options.teacher or options.teacher_base)
+    asked = options.soft_targets or ("both" if has_teacher else "off")
+    if asked != "off" and not has_teacher:
+        faults.append(f"--soft_targets {asked} needs --teacher, or --teacher_base to have one fine-tuned")
+    if asked != "off" and not options.alpha_soft:
+        faults.append("--alpha_soft 0 leaves no soft targets: give more, or --soft_targets off")
+    if len(set(options.seeds)) < len(options.seeds):
+        faults.append(f"--seeds {' '.join(map(str, options.seeds))}: one stands there twice")
+    if options.task == CAUSAL:
+        if not options.heldout:
+            faults.append("--task causal needs --heldout, the text to measure on")
+        wrong = [name for name in ("split", "train_rows") if getattr(options, name) is not None]
+        faults += [f"--{name} is of labelled tasks, and causal has none" for name in wrong]
+    else:
+        if len(options.data) > 1:
+            faults.append(f"--data names {len(options.data)} places: a labelled task has one folder, or hub:NAME")
+        if options.heldout:
+            faults.append("--heldout is of --task causal; a labelled task measures on its --split")
+        if not options.data[0].startswith(HUB_PREFIX) and not Path(options.data[0]).expanduser().is_dir():
+            faults.append(f"--data {options.data[0]}: no such folder. Needed: one with train.jsonl(.gz), or hub:NAME")
+    if discover().size > 1:
+        faults.append("one process fine-tunes: start it with python, and several tasks beside each other")
+    if faults:
+        raise ConfigError("; ".join(faults) + ".")
+    return _ARMS[asked]
+
+
+def subject_of(options: argparse.Namespace, longest: int) -> "Subject":
+    """Task or text, read and encoded for sequences of `longest` tokens."""
+    from distilcb.finetune.subjects import LabelledTask, NextWords
+
+    if options.task == CAUSAL:
+        cache = options.cache or cache_folder(DataConfig())
+        return NextWords(options.data, options.heldout, options.student, max_length=longest, cache=cache)
+    wanted: dict[str, Any] = {"split": options.split, "train_rows": options.train_rows}
+    task = task_named(options.task)
+    return LabelledTask(task, options.data[0], options.student, max_length=longest, stride=options.stride, **wanted)

@@ -1,0 +1,167 @@
+"""What a model is fine-tuned on: a labelled task, or text whose next words it predicts."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
+
+from distilcb.data.blocks import Blocks, check_fits
+from distilcb.data.loader import fixed_heldout_batches
+from distilcb.data.next_token import NextToken
+from distilcb.data.prepare import prepare_cached
+from distilcb.data.tokenizer import TextTokenizer
+from distilcb.errors import ConfigError
+from distilcb.eval.masked_lm import evaluate
+from distilcb.finetune.models import load_for_task, tokenizer_for
+from distilcb.finetune.training import TaskTrainer
+from distilcb.models.families import family_of
+from distilcb.tasks.declarations import Task
+from distilcb.tasks.encoding import IGNORED, encode, gold, predictions
+from distilcb.tasks.rows import TaskRows
+from distilcb.tasks.scores import scores
+
+log = logging.getLogger(__name__)
+
+Figures = dict[str, float]
+Collate = Callable[[list[Any]], dict[str, Any]]
+
+_TOKENS_A_PASS = 8192
+_TEXT_PARTS = 8
+
+
+class Subject(Protocol):
+    """What an arm of a comparison needs to know.
+
+    Attributes:
+        kind: a key of objective.OBJECTIVES.
+        columns: names of its figures, the subject's own first.
+        facts: what was read, for results.json.
+        tokenizer: Hugging Face's, saved beside each model.
+    """
+
+    kind: str
+    columns: tuple[str, ...]
+    facts: dict[str, Any]
+    data: Any
+    collate: Collate
+    tokenizer: Any
+
+    def load(self, name: str, *, fine_tuned: bool) -> Any:
+        """A model with its head."""
+
+    def measure(self, trainer: TaskTrainer, predicted: Path | None) -> Figures:
+        """Held-out figures of the trainer's model; what it says of each row goes into the file `predicted`."""
+
+
+class LabelledTask:
+    """A task of distilcb/tasks."""
+
+    def __init__(
+        self,
+        task: Task,
+        source: str,
+        model: str,
+        *,
+        max_length: int,
+        stride: int,
+        split: str | None,
+        train_rows: int | None,
+    ) -> None:
+        """Reads and encodes; raises DataError and ModelError for what cannot be used."""
+        rows = TaskRows(source)
+        split = split or rows.heldout_split()
+        self.task, self.tokenizer = task, tokenizer_for(model, task)
+        self.kind: str = task.kind
+        self.columns = task.metrics
+        lengths = {"max_length": max_length, "stride": stride}
+        training = encode(rows.read(task, "train", limit=train_rows), task, self.tokenizer, **lengths)
+        self.heldout = encode(rows.read(task, split), task, self.tokenizer, **lengths)
+        self.data = training.features
+        self.facts = {"split": split, "max_length": max_length, "train": training.figures} | {
+            "heldout": self.heldout.figures
+        }
+        for name, figures in (("train", training.figures), (split, self.heldout.figures)):
+            log.info("%s: %s", name, ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in figures.items()))
+        tags = task.kind == "tagging"
+        collator: Any = DataCollatorForTokenClassification if tags else DataCollatorWithPadding
+        self.collate: Collate = collator(self.tokenizer)
+
+    def load(self, name: str, *, fine_tuned: bool) -> Any:
+        return load_for_task(name, self.task, fine_tuned=fine_tuned)
+
+    def measure(self, trainer: TaskTrainer, predicted: Path | None) -> Figures:
+        said = trainer.predict(self.heldout.features).predictions
+        given, right = predictions(self.task, self.heldout, said), gold(self.task, self.heldout.rows)
+        if predicted is not None:
+            lines = (
+                json.dumps({"predicted": one, "right": other}, ensure_ascii=False)
+                for one, other in zip(given, right, strict=True)
+            )
+            predicted.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return scores(self.task, right, given)
+
+
+class NextWords:
+    """Text for a causal model, packed into blocks as for distillation."""
+
+    kind: str = "causal"
+    columns: tuple[str, ...] = ("perplexity", "loss")
+
+    def __init__(
+        self, text: Sequence[str], heldout: Sequence[str], model: str, *, max_length: int, cache: Path
+    ) -> None:
+        """Prepares the text, once; raises DataError and ModelError for what cannot be used."""
+        words = TextTokenizer(model)
+        if not words.vocabulary.is_causal:
+            raise ConfigError(f"--task causal: the tokenizer of {model} has a mask token, so it is an encoder's.")
+        self.tokenizer, self._vocabulary = words.hugging_face, words.vocabulary
+        self.training, self.heldout = (self._blocks(names, words, max_length, cache) for names in (text, heldout))
+        self.data = NextWordRows(self.training, NextToken(words.vocabulary, max_length))
+        self.collate: Collate = default_data_collator
+        self.facts = {"max_length": max_length, "train": {"sequences": len(self.training)}} | {
+            "heldout": {"sequences": len(self.heldout)}
+        }
+
+    def load(self, name: str, *, fine_tuned: bool) -> Any:
+        return load_for_task(name, None, fine_tuned=fine_tuned)
+
+    def measure(self, trainer: TaskTrainer, predicted: Path | None) -> Figures:
+        """Nats a held-out word in blocks, each read without what stands before it, and e to the power of that."""
+        batches = fixed_heldout_batches(
+            self.heldout, self._vocabulary, micro_batch=max(1, _TOKENS_A_PASS // self.heldout.seq_len)
+        )
+        model = trainer.trained
+        family = family_of(model.config, where="model")
+        device = trainer.args.device
+        found = evaluate(model, None, family, batches, maskings=_TEXT_PARTS, device=device)["student"]
+        return {"perplexity": found["perplexity"], "loss": found["clm_loss"]}
+
+    @staticmethod
+    def _blocks(names: Sequence[str], words: TextTokenizer, seq_len: int, cache: Path) -> Blocks:
+        folder = prepare_cached(names, tokenizer=words, cache=cache, seq_len=seq_len, text_field="text")
+        blocks = Blocks(folder)
+        check_fits(blocks, seq_len=seq_len, fingerprint=words.vocabulary.fingerprint, tokenizer=words.folder)
+        return blocks
+
+
+class NextWordRows(torch.utils.data.Dataset[dict[str, Any]]):
+    """Blocks with labels: a token's own id where the one before predicts it, else IGNORED."""
+
+    def __init__(self, blocks: Blocks, asked: NextToken) -> None:
+        self.blocks, self.asked = blocks, asked
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """(tokens,) int64 each."""
+        ids = self.blocks.read(np.array([number]))
+        predicts = self.asked.has_label(ids)[0]
+        labels = np.full_like(ids[0], IGNORED)
+        labels[1:][predicts[:-1]] = ids[0, 1:][predicts[:-1]]
+        return {"input_ids": ids[0], "labels": labels}

@@ -1,0 +1,1 @@
+"""Labelled tasks: declarations, rows, what models read, answers, scores."""

@@ -1,0 +1,166 @@
+"""Rows of a task: <folder>/{train,dev,test}.jsonl, also .gz, or a data set of the hub."""
+
+import gzip
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distilcb.errors import DataError, first_line
+from distilcb.hub import HUB_PREFIX, HubDataset
+from distilcb.tasks.declarations import Task
+
+Row = dict[str, Any]
+
+SPLITS = ("train", "dev", "test")
+_SUFFIXES = (".jsonl", ".jsonl.gz")
+_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """Where the rows of a task are: a folder, or hub:NAME or hub:NAME:CONFIG."""
+
+    source: str
+
+    def read(self, task: Task, split: str, *, limit: int | None = None) -> list[Row]:
+        """The checked rows of a split, labels as numbers.
+
+        Args:
+            limit: the first so many only.
+
+        Raises:
+            DataError: no such split, no rows, or a row that lacks something; names file and line.
+        """
+        found = []
+        for where, row in self._rows(task, split):
+            found.append(checked(task, row, where=where))
+            if len(found) == limit:
+                break
+        if not found:
+            raise DataError(f"{self.source}, {split}: no rows.")
+        return found
+
+    def heldout_split(self) -> str:
+        """ "test" where there is one, else "dev"."""
+        if self.source.startswith(HUB_PREFIX):
+            return "dev"  # the hub's test splits mostly lack their answers
+        return "test" if self._file("test") else "dev"
+
+    def _rows(self, task: Task, split: str) -> Iterator[tuple[str, Row]]:
+        if self.source.startswith(HUB_PREFIX):
+            return _hub_rows(task, HubDataset.parse(self.source), split)
+        path = self._file(split)
+        if path is None:
+            names = ", ".join(f"{split}{suffix}" for suffix in _SUFFIXES)
+            raise DataError(f"{self.source}: no rows of '{split}'. Needed: a folder with {names}, or hub:NAME.")
+        return _file_rows(path)
+
+    def _file(self, split: str) -> Path | None:
+        files = (Path(self.source).expanduser() / f"{split}{suffix}" for suffix in _SUFFIXES)
+        return next((file for file in files if file.is_file()), None)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path}, line {number}", json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from error
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}, after line {number}: cannot be read ({first_line(error)}).") from error
+
+
+def _hub_rows(task: Task, name: HubDataset, split: str) -> Iterator[tuple[str, Row]]:
+    rows = replace(name, split=_HUB_SPLITS[split]).load()
+    names = _class_names(rows.features.get(task.target))
+    for number, row in enumerate(rows, 1):
+        if names:
+            row = row | {task.target: _as_names(row[task.target], names)}
+        yield f"{name.name}, {_HUB_SPLITS[split]}, row {number}", row
+
+
+def _class_names(feature: Any) -> list[str]:
+    """The names behind a data set's numbers, where it has some."""
+    return getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None) or []
+
+
+def _as_names(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_as_names(each, names) for each in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def checked(task: Task, row: Any, *, where: str) -> Row:
+    """The fields of a row that the task needs, labels as numbers.
+
+    Raises:
+        DataError: what is missing or does not fit, with what was needed.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: came {type(row).__name__}, needed an object with {', '.join(task.needed_fields)}.")
+    missing = [name for name in task.needed_fields if row.get(name) is None]
+    if missing:
+        unlabelled = " Rows without answers cannot be used: choose a --split that has them." * (task.target in missing)
+        raise DataError(
+            f"{where}: no {', '.join(missing)}; came {', '.join(map(str, row))}, task {task.name} needs "
+            f"{', '.join(task.needed_fields)}.{unlabelled}"
+        )
+    texts = {name: row[name] for name in task.texts}
+    wanted = list if task.kind == "tagging" else str
+    for name, value in texts.items():
+        if not isinstance(value, wanted) or (wanted is list and not all(isinstance(word, str) for word in value)):
+            needed = "a list of words" if wanted is list else "text"
+            raise DataError(f"{where}: '{name}' holds {type(value).__name__}, needed {needed}.")
+    return texts | {task.target: _target(task, row[task.target], texts, where)}
+
+
+def _target(task: Task, value: Any, texts: Row, where: str) -> Any:
+    if task.kind == "regression":
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise DataError(f"{where}: '{task.target}' is {value!r}, needed a number.")
+        return float(value)
+    if task.kind == "classification":
+        return _label_number(task, value, where)
+    if task.kind == "tagging":
+        words = texts[task.texts[0]]
+        if not isinstance(value, list) or len(value) != len(words):
+            came = f"{len(value)} tags" if isinstance(value, list) else type(value).__name__
+            raise DataError(f"{where}: '{task.target}' holds {came}, needed a list of {len(words)}, one a word.")
+        return [_label_number(task, each, where) for each in value]
+    return _answers(task, value, texts[task.texts[1]], where)
+
+
+def _label_number(task: Task, value: Any, where: str) -> int:
+    if isinstance(value, str) and value in task.labels:
+        return task.labels.index(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
+        return value
+    if value == -1:
+        raise DataError(f"{where}: '{task.target}' is -1, which stands for no label: choose a --split that has them.")
+    raise DataError(
+        f"{where}: '{task.target}' is {value!r}; task {task.name} has {', '.join(task.labels)}, or their numbers "
+        "from 0."
+    )
+
+
+def _answers(task: Task, value: Any, context: str, where: str) -> Row:
+    texts = value.get("text") if isinstance(value, dict) else None
+    starts = value.get("answer_start") if isinstance(value, dict) else None
+    if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
+        raise DataError(f"{where}: '{task.target}' is {value!r}, needed {{'text': [...], 'answer_start': [...]}}.")
+    if not texts:
+        raise DataError(f"{where}: no answer. Questions without one, as in SQuAD 2, cannot be used: leave them out.")
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip() or not isinstance(start, int):
+            raise DataError(
+                f"{where}: answer {text!r} at {start!r}, needed text and the number of its first character."
+            )
+        if context[start : start + len(text)] != text:
+            there = context[start : start + len(text)]
+            raise DataError(f"{where}: the answer {text!r} is not at character {start} of the context, but {there!r}.")
+    return {"text": list(texts), "answer_start": list(starts)}

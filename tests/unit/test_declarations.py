@@ -1,0 +1,55 @@
+"""Tasks as they are declared: by name, and in files of one's own."""
+
+import pytest
+
+from distilcb.errors import ConfigError
+from distilcb.tasks.declarations import METRICS, TASKS, task_named
+
+OWN = """
+kind: classification
+texts: [title, body]
+target: topic
+labels: [sport, law]
+metrics: [accuracy]
+"""
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_a_declared_task_is_scored_by_metrics_of_its_kind(task):
+    assert set(task.metrics) <= set(METRICS[task.kind])
+
+
+def test_entities_begin_and_go_on():
+    assert TASKS["wikiann_fr"].labels == ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC")
+
+
+def test_a_file_declares_a_task(tmp_path):
+    (tmp_path / "topics.yaml").write_text(OWN)
+    task = task_named(str(tmp_path / "topics.yaml"))
+    assert (task.name, task.texts, task.labels) == ("topics", ("title", "body"), ("sport", "law"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("kind: classification\ntexts: [text]\n", "needed kind, texts, target, metrics"),
+        ("- kind\n", "came list"),
+        ("kind: [", "cannot be read"),
+        (OWN + "colour: red\n", "colour"),
+        (OWN.replace("classification", "sorting"), "kind=sorting"),
+        (OWN.replace("accuracy", "bleu"), "metrics=['bleu'], needed some of accuracy"),
+        (OWN.replace("[title, body]", "[a, b, c]"), "classification reads 1 or 2"),
+        (OWN.replace("labels: [sport, law]\n", ""), "labels=[]"),
+        (OWN.replace("law]", "sport]"), "one stands there twice"),
+    ],
+)
+def test_a_file_that_declares_none_says_what_is_needed(tmp_path, text, told):
+    (tmp_path / "topics.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="topics") as refused:
+        task_named(str(tmp_path / "topics.yaml"))
+    assert told in str(refused.value)
+
+
+def test_an_unknown_name_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="--task piaf: needed one of piaf_qa, fquad"):
+        task_named("piaf")

@@ -1,0 +1,129 @@
+"""Rows of tasks: what is read, and what a faulty row is told."""
+
+import gzip
+import json
+
+import pytest
+
+from distilcb.errors import DataError
+from distilcb.tasks.declarations import TASKS
+from distilcb.tasks.rows import TaskRows
+
+REVIEW = {"text": "Très bon film.", "label": 1}
+INFERENCE = {"premise": "Il pleut.", "hypothesis": "Il fait beau.", "label": "contradiction"}
+NAMES = {"tokens": ["Marie", "Curie"], "tags": ["B-PER", "I-PER"]}
+SIMILAR = {"sentence1": "a", "sentence2": "b", "score": 3}
+QUESTION = {
+    "question": "Où ?",
+    "context": "Il vit à Lyon.",
+    "answers": {"text": ["Lyon"], "answer_start": [9]},
+    "title": "left out",
+}
+
+
+def write(folder, split, rows, *, suffix=".jsonl"):
+    text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+    opener = gzip.open if suffix.endswith(".gz") else open
+    with opener(folder / f"{split}{suffix}", "wt", encoding="utf-8") as stream:
+        stream.write(text)
+    return TaskRows(str(folder))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_labels_become_their_numbers_whether_named_or_numbered(tmp_path, suffix):
+    rows = write(tmp_path, "train", [INFERENCE, INFERENCE | {"label": 1}], suffix=suffix)
+    assert [row["label"] for row in rows.read(TASKS["xnli_fr"], "train")] == [2, 1]
+
+
+def test_tags_scores_and_answers_are_read(tmp_path):
+    assert write(tmp_path, "train", [NAMES]).read(TASKS["ner_fr"], "train")[0]["tags"] == [1, 2]
+    assert write(tmp_path, "train", [SIMILAR]).read(TASKS["stsb_fr"], "train")[0]["score"] == 3.0
+    found = write(tmp_path, "train", [QUESTION]).read(TASKS["piaf_qa"], "train")[0]
+    assert found == {name: QUESTION[name] for name in ("question", "context", "answers")}
+
+
+def test_a_limit_takes_the_first_rows(tmp_path):
+    rows = write(tmp_path, "train", [REVIEW | {"label": number} for number in (0, 1, 1)])
+    assert [row["label"] for row in rows.read(TASKS["allocine_fr"], "train", limit=2)] == [0, 1]
+
+
+def test_rows_are_held_out_on_test_where_there_is_one(tmp_path):
+    assert write(tmp_path, "dev", [REVIEW]).heldout_split() == "dev"
+    assert write(tmp_path, "test", [REVIEW]).heldout_split() == "test"
+
+
+FAULTS = {
+    "no such field": ("allocine_fr", {"review": "x", "label": 1}, "no text; came review, label"),
+    "not labelled": (
+        "allocine_fr",
+        {"text": "x"},
+        "no label; came text, task allocine_fr needs text, label. Rows without answers cannot",
+    ),
+    "labelled by nobody": ("allocine_fr", REVIEW | {"label": -1}, "-1, which stands for no label"),
+    "an unknown label": ("xnli_fr", INFERENCE | {"label": "maybe"}, "'maybe'; task xnli_fr has entailment, neutral"),
+    "a number too high": ("allocine_fr", REVIEW | {"label": 2}, "is 2"),
+    "a truth for a label": ("allocine_fr", REVIEW | {"label": True}, "is True"),
+    "a number for text": ("allocine_fr", REVIEW | {"text": 5}, "'text' holds int, needed text"),
+    "text for words": ("ner_fr", NAMES | {"tokens": "Marie Curie"}, "'tokens' holds str, needed a list of words"),
+    "a tag too few": ("ner_fr", NAMES | {"tags": ["O"]}, "holds 1 tags, needed a list of 2"),
+    "a score in words": ("stsb_fr", SIMILAR | {"score": "high"}, "'high', needed a number"),
+    "an answer elsewhere": (
+        "piaf_qa",
+        QUESTION | {"answers": {"text": ["Lyon"], "answer_start": [8]}},
+        "the answer 'Lyon' is not at character 8 of the context, but ' Lyo'",
+    ),
+    "no answer": ("piaf_qa", QUESTION | {"answers": {"text": [], "answer_start": []}}, "as in SQuAD 2"),
+    "answers in a list": ("piaf_qa", QUESTION | {"answers": ["Lyon"]}, "needed {'text': [...]"),
+    "no object": ("allocine_fr", ["x", 1], "came list, needed an object with text, label"),
+    "no JSON": ("allocine_fr", '{"text": ', "not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_row_is_named_by_file_and_line(tmp_path, fault):
+    name, row, told = FAULTS[fault]
+    good = {"piaf_qa": QUESTION, "xnli_fr": INFERENCE, "ner_fr": NAMES, "stsb_fr": SIMILAR, "allocine_fr": REVIEW}
+    rows = write(tmp_path, "test", [good[name], "", row])
+    with pytest.raises(DataError) as refused:
+        rows.read(TASKS[name], "test")
+    assert f"{tmp_path / 'test.jsonl'}, line 3: " in str(refused.value)
+    assert told in str(refused.value)
+
+
+def test_a_split_that_is_not_there_says_where_it_was_looked_for(tmp_path):
+    with pytest.raises(
+        DataError, match=r"no rows of 'dev'. Needed: a folder with dev.jsonl, dev.jsonl.gz, or hub:NAME"
+    ):
+        TaskRows(str(tmp_path)).read(TASKS["allocine_fr"], "dev")
+
+
+def test_an_empty_split_has_no_rows(tmp_path):
+    with pytest.raises(DataError, match="train: no rows"):
+        write(tmp_path, "train", [""]).read(TASKS["allocine_fr"], "train")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    rows = write(tmp_path, "train", [REVIEW] * 200, suffix=".jsonl.gz")
+    path = tmp_path / "train.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-12])
+    with pytest.raises(DataError, match=r"train.jsonl.gz, after line \d+: cannot be read"):
+        rows.read(TASKS["allocine_fr"], "train")
+
+
+def test_a_data_set_of_the_hub_gives_its_labels_by_name(tmp_path):
+    import datasets
+
+    # A local folder stands for one of the hub; its labels are in another order than the task's.
+    features = datasets.Features(
+        {
+            "premise": datasets.Value("string"),
+            "hypothesis": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["contradiction", "entailment", "neutral"]),
+        }
+    )
+    made = datasets.Dataset.from_list([INFERENCE | {"label": number} for number in (0, 1, 2)], features=features)
+    (tmp_path / "set").mkdir()
+    made.to_parquet(tmp_path / "set" / "validation.parquet")
+    rows = TaskRows(f"hub:{tmp_path / 'set'}")
+    assert rows.heldout_split() == "dev"
+    assert [row["label"] for row in rows.read(TASKS["xnli_fr"], "dev")] == [2, 0, 1]
