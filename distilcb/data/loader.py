@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distilcb.config import MaskingConfig
-from distilcb.data.blocks import Blocks, BlockSource
+from distilcb.data.blocks import BlockSource
 from distilcb.data.masking import Masking
 from distilcb.data.next_token import NextToken
 from distilcb.data.order import SampleOrder
@@ -153,7 +153,7 @@ class HeldoutBatches:
 
 
 def fixed_heldout_batches(
-    blocks: Blocks, vocabulary: Vocabulary, *, micro_batch: int, rank: int = 0, world_size: int = 1
+    blocks: BlockSource, vocabulary: Vocabulary, *, micro_batch: int, rank: int = 0, world_size: int = 1
 ) -> HeldoutBatches:
     """15 % of the tokens, all alike, from a fixed seed: the same words are asked whatever a run trains on.
 

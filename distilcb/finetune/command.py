@@ -36,6 +36,9 @@ def parser_of(description: str | None) -> Parser:
         metavar="NAME",
         help="folder of train, dev and test.jsonl(.gz), or hub:NAME[:CONFIG]; of causal the training text",
     )
+    parser.add_argument(
+        "--as_it_runs", action="store_true", help="of causal: line ends too, no end-of-text tokens, as for WikiText"
+    )
     parser.add_argument("--heldout", nargs="+", metavar="NAME", help="text to measure on, of causal alone")
     parser.add_argument(
         "--split", choices=["dev", "test"], help="rows to measure on (default: test where there is one)"
@@ -104,7 +107,10 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
     )
     weights = Weights(hard=options.alpha_hard, soft=options.alpha_soft, temperature=options.temperature)
     settings = {
-        **{name: getattr(options, name) for name in ("task", "data", "heldout", "student", "teacher", "teacher_base")},
+        **{
+            name: getattr(options, name)
+            for name in ("task", "data", "as_it_runs", "heldout", "student", "teacher", "teacher_base")
+        },
         **{
             name: getattr(options, name) for name in ("alpha_soft", "alpha_hard", "temperature", "stride", "train_rows")
         },
@@ -152,6 +158,8 @@ def check_options(options: argparse.Namespace) -> tuple[str, ...]:
     else:
         if len(options.data) > 1:
             faults.append(f"--data names {len(options.data)} places: a labelled task has one folder, or hub:NAME")
+        if options.as_it_runs:
+            faults.append("--as_it_runs is of --task causal, whose text may be read as it is")
         if options.heldout:
             faults.append("--heldout is of --task causal; a labelled task measures on its --split")
         if not options.data[0].startswith(HUB_PREFIX) and not Path(options.data[0]).expanduser().is_dir():
@@ -169,7 +177,10 @@ def subject_of(options: argparse.Namespace, longest: int) -> "Subject":
 
     if options.task == CAUSAL:
         cache = options.cache or cache_folder(DataConfig())
-        return NextWords(options.data, options.heldout, options.student, max_length=longest, cache=cache)
+        runs = options.as_it_runs
+        return NextWords(
+            options.data, options.heldout, options.student, max_length=longest, cache=cache, as_it_runs=runs
+        )
     wanted: dict[str, Any] = {"split": options.split, "train_rows": options.train_rows}
     task = task_named(options.task)
     return LabelledTask(task, options.data[0], options.student, max_length=longest, stride=options.stride, **wanted)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
 
-from distilcb.data.blocks import Blocks, check_fits
+from distilcb.data.blocks import Blocks, BlockSource, check_fits
 from distilcb.data.loader import fixed_heldout_batches
 from distilcb.data.next_token import NextToken
 from distilcb.data.prepare import prepare_cached
+from distilcb.data.running_text import RunningText
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.errors import ConfigError
 from distilcb.eval.masked_lm import evaluate
@@ -107,20 +108,33 @@ class LabelledTask:
 
 
 class NextWords:
-    """Text for a causal model, packed into blocks as for distillation."""
+    """Text for a causal model: packed into blocks as for distillation, or cut into them as it runs."""
 
     kind: str = "causal"
     columns: tuple[str, ...] = ("perplexity", "loss")
 
     def __init__(
-        self, text: Sequence[str], heldout: Sequence[str], model: str, *, max_length: int, cache: Path
+        self,
+        text: Sequence[str],
+        heldout: Sequence[str],
+        model: str,
+        *,
+        max_length: int,
+        cache: Path,
+        as_it_runs: bool = False,
     ) -> None:
-        """Prepares the text, once; raises DataError and ModelError for what cannot be used."""
+        """Prepares the text, once; raises DataError and ModelError for what cannot be used.
+
+        as_it_runs: line ends too and without end-of-text tokens, as WikiText is trained and scored on.
+        """
         words = TextTokenizer(model)
         if not words.vocabulary.is_causal:
             raise ConfigError(f"--task causal: the tokenizer of {model} has a mask token, so it is an encoder's.")
         self.tokenizer, self._vocabulary = words.hugging_face, words.vocabulary
-        self.training, self.heldout = (self._blocks(names, words, max_length, cache) for names in (text, heldout))
+        self.training, self.heldout = (
+            RunningText(names, words, seq_len=max_length) if as_it_runs else packed(names, words, max_length, cache)
+            for names in (text, heldout)
+        )
         self.data = NextWordRows(self.training, NextToken(words.vocabulary, max_length))
         self.collate: Collate = default_data_collator
         self.facts = {"max_length": max_length, "train": {"sequences": len(self.training)}} | {
@@ -141,18 +155,19 @@ class NextWords:
         found = evaluate(model, None, family, batches, maskings=_TEXT_PARTS, device=device)["student"]
         return {"perplexity": found["perplexity"], "loss": found["clm_loss"]}
 
-    @staticmethod
-    def _blocks(names: Sequence[str], words: TextTokenizer, seq_len: int, cache: Path) -> Blocks:
-        folder = prepare_cached(names, tokenizer=words, cache=cache, seq_len=seq_len, text_field="text")
-        blocks = Blocks(folder)
-        check_fits(blocks, seq_len=seq_len, fingerprint=words.vocabulary.fingerprint, tokenizer=words.folder)
-        return blocks
+
+def packed(names: Sequence[str], words: TextTokenizer, seq_len: int, cache: Path) -> Blocks:
+    """The blocks of a text as distillation packs it, kept in the cache."""
+    folder = prepare_cached(names, tokenizer=words, cache=cache, seq_len=seq_len, text_field="text")
+    blocks = Blocks(folder)
+    check_fits(blocks, seq_len=seq_len, fingerprint=words.vocabulary.fingerprint, tokenizer=words.folder)
+    return blocks
 
 
 class NextWordRows(torch.utils.data.Dataset[dict[str, Any]]):
     """Blocks with labels: a token's own id where the one before predicts it, else IGNORED."""
 
-    def __init__(self, blocks: Blocks, asked: NextToken) -> None:
+    def __init__(self, blocks: BlockSource, asked: NextToken) -> None:
         self.blocks, self.asked = blocks, asked
 
     def __len__(self) -> int:

@@ -210,9 +210,28 @@ def test_a_causal_model_learns_next_words_from_text_and_from_a_teacher(commands,
     AutoModelForCausalLM.from_pretrained(tmp_path / "output" / "with" / "seed_0" / "model")
 
 
+def test_text_as_it_runs_is_learnt_with_its_line_ends(commands, causal, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat \n\n and the dog sat on the log \n" * 60)
+    words = ["--task", "causal", "--as_it_runs", "--data", text, "--heldout", text, "--student", causal]
+    words += ["--epochs", 3, "--lr", 1e-2, "--seeds", 0, "--max_length", 32]
+    ended = commands.python("finetune", *words, "--output", tmp_path / "output")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    tuned = tmp_path / "output" / "without" / "seed_0" / "model"
+    whole = commands.python("perplexity", tuned, causal, "--text", text, "--json", tmp_path / "figures.json")
+    assert whole.returncode == 0, whole.stdout + whole.stderr
+    after, before = json.loads((tmp_path / "figures.json").read_text()).values()
+    assert after["tokens"] == len(text.read_text()) - 1  # a token a sign, line ends too
+    assert after["perplexity_a_token"] < 20 < before["perplexity_a_token"]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
-    [(["--seeds", "1", "1"], "--seeds 1 1: one stands there twice"), (["--split", "dev"], "no rows of 'dev'")],
+    [
+        (["--seeds", "1", "1"], "--seeds 1 1: one stands there twice"),
+        (["--split", "dev"], "no rows of 'dev'"),
+        (["--as_it_runs"], "--as_it_runs is of --task causal"),
+    ],
 )
 def test_a_mistake_ends_with_one_message_before_anything_is_written(commands, student, tmp_path, words, told):
     data = write(tmp_path / "rows", sentence)
