@@ -1,6 +1,6 @@
 """What the students of one step learn from: the teacher sees a micro-batch once, however many they are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -25,7 +25,9 @@ def lessons(teacher: Teacher | None, losses: Sequence[LossConfig], batch: Batch)
     soft = {loss.kl_positions: loss for loss in losses if loss.kl or loss.mse}
     # Rows of another choice go through the teacher's head apart, though they are a part of the same ones: a product of
     # more rows may round otherwise, and every student is to learn what it would alone.
-    by_positions = {positions: _soft(teacher, hidden, batch, losses, loss) for positions, loss in soft.items()}
+    by_positions: dict[str, _Soft] = {
+        positions: _soft(teacher, hidden, batch, losses, loss) for positions, loss in soft.items()
+    }
     return [_lesson(teacher, loss, hidden, by_positions) if _needs_teacher(loss) else None for loss in losses]
 
 
@@ -43,7 +45,7 @@ def _soft(teacher: Teacher, hidden: Tensor, batch: Batch, losses: Sequence[LossC
     return features, {} if len(takers) > 1 and kept_bytes <= _MOST_KEPT_BYTES else None
 
 
-def _lesson(teacher: Teacher, loss: LossConfig, hidden: Tensor, by_positions: dict[str, _Soft]) -> TeacherOutput:
+def _lesson(teacher: Teacher, loss: LossConfig, hidden: Tensor, by_positions: Mapping[str, _Soft]) -> TeacherOutput:
     features, logits = by_positions[loss.kl_positions] if loss.kl or loss.mse else (None, None)
     return TeacherOutput(hidden if loss.cos else None, features, teacher.decoder, logits)
 

@@ -169,9 +169,12 @@ def build_together(commands: Sequence[CommandLine]) -> list[Run]:
     starts = [_with_micro_batch(*each, place) for each in zip(starts, all_models, strict=True)]
     config, tokenizer = starts[0].command.config, all_models[0].tokenizer
     train_blocks, heldout_blocks = _open_text(config, tokenizer, place.world)
-    facts = {"precision": place.precision, "teacher": all_models[0].teacher_hash}
-    facts |= {"text": _contents(train_blocks, heldout_blocks)}
-    facts |= {"deepspeed": deepspeed_config.state_layout(place.settings)}
+    facts = {
+        "precision": place.precision,
+        "teacher": all_models[0].teacher_hash,
+        "text": _contents(train_blocks, heldout_blocks),
+        "deepspeed": deepspeed_config.state_layout(place.settings),
+    }
     begun = [_begin(start, place, models, facts) for start, models in zip(starts, all_models, strict=True)]
     heldout = _heldout_batches(config, place.world, tokenizer, heldout_blocks) if heldout_blocks else None
     shared = _Shared(place, folders, train_blocks, heldout, *watched(place, folders, config))
