@@ -175,7 +175,10 @@ def build_together(commands: Sequence[CommandLine]) -> list[Run]:
         "text": _contents(train_blocks, heldout_blocks),
         "deepspeed": deepspeed_config.state_layout(place.settings),
     }
-    begun = [_begin(start, place, models, facts) for start, models in zip(starts, all_models, strict=True)]
+    begun = [
+        _begin(start.command, place, start.folder, start.state, models, facts)
+        for start, models in zip(starts, all_models, strict=True)
+    ]
     heldout = _heldout_batches(config, place.world, tokenizer, heldout_blocks) if heldout_blocks else None
     shared = _Shared(place, folders, train_blocks, heldout, *watched(place, folders, config))
     return [_wire(*each, shared) for each in zip(starts, all_models, begun, strict=True)]
@@ -259,9 +262,10 @@ def watched(place: Place, folders: Sequence[RunFolder], config: Config) -> tuple
     return StopRequest(place.world, connection(), first, beside=beside), watchdog
 
 
-def _begin(start: _Start, place: Place, models: Models, facts: dict[str, Any]) -> tuple[Checkpoints, Checkpoint | None]:
+def _begin(
+    command: CommandLine, place: Place, folder: RunFolder, state: RunState, models: Models, facts: dict[str, Any]
+) -> tuple[Checkpoints, Checkpoint | None]:
     """Take the run folder, and see that its disk has room; returns its checkpoints and the one to go on from."""
-    command, folder, state = start.command, start.folder, start.state
     parameters, keep = sum(each.numel() for each in models.student.parameters()), command.config.train.keep_checkpoints
     if state is RunState.NEW:
         on_main(lambda: check_free_disk(folder.path, parameters=parameters, keep=keep))

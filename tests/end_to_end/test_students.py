@@ -178,15 +178,13 @@ def test_fresh_moves_the_folders_of_all_aside(commands, words, together, tmp_pat
         assert json.loads((tmp_path / name / "summary.json").read_text())["train"]["steps"] == 2
 
 
-def test_students_on_two_ranks_killed_and_resumed_equal_their_runs_alone_there(
+def test_a_student_among_others_on_two_ranks_killed_and_resumed_equals_its_run_alone_there(
     commands, recipes, words, metrics, tmp_path
 ):
     commands.train_until_killed(tmp_path / "together", *words, after_step=3, ranks=2, student="two")
     finish(commands.deepspeed(2, "train", "--run_dir", tmp_path / "together", *words))
-    for name in ("six", "two"):
-        alone = tmp_path / name
-        finish(commands.deepspeed(2, "train", "--recipe", recipes[name], "--run_dir", alone, *commands.small))
-        assert_equal_runs(metrics, tmp_path / "together" / name, alone)
+    finish(commands.deepspeed(2, "train", "--recipe", recipes["four"], "--run_dir", tmp_path / "a", *commands.small))
+    assert_equal_runs(metrics, tmp_path / "together" / "four", tmp_path / "a")
 
 
 def test_students_that_do_not_go_together_are_refused_and_leave_nothing(commands, words, recipes, tmp_path):
