@@ -22,6 +22,7 @@ from distilcb.config import (
     Paths,
     options,
     read_recipe,
+    shared_faults,
     to_plain,
     type_name,
     validate,
@@ -48,21 +49,11 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
     Raises:
         ConfigError: with every fault found, one a line.
     """
-    parser = _parser()
-    known, unknown = parser.parse_known_args(list(words))
-    overrides = {name: value for name, value in vars(known).items() if value is not None and "." in name}
-    if known.deepspeed is not None:
-        overrides["deepspeed"] = known.deepspeed
-    faults = _unknown_options(unknown)
-    recipe = Path(known.recipe).resolve()
-    found = len(faults)
-    tree = read_recipe(recipe, faults)
-    readable = len(faults) == found
-    for name, text in overrides.items():
-        _set(tree, name, _parse_value(name, text))
-    if readable and not (known.dry_run or known.print_config or _names_text(tree)):
-        faults.append("data.train is empty: name text or prepared blocks with --data.train FILE_OR_FOLDER")
-    config = validate(tree, faults)
+    known, unknown = _parser().parse_known_args(list(words))
+    if known.students:
+        raise ConfigError("--students is launch/train.py's alone: name one recipe here, with --recipe FILE.")
+    recipe = Path(known.recipe or DEFAULT_RECIPE).resolve()
+    config = _resolve(known, recipe, _unknown_options(unknown))
     if known.print_config:
         print(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
@@ -71,6 +62,85 @@ def parse_command_line(words: Sequence[str]) -> CommandLine:
         print(run_dir.absolute())
         raise SystemExit(0)
     return CommandLine(config, recipe, run_dir.absolute(), known.fresh, known.dry_run, tuple(words))
+
+
+def parse_command_lines(words: Sequence[str]) -> list[CommandLine]:
+    """A command line for each student of launch/train.py: for each recipe of `--students`, or the one of `--recipe`.
+
+    Overrides hold for all of them. Run folders are runs/<the recipe's name>, or with `--run_dir DIR` those in DIR.
+
+    Raises:
+        ConfigError: with every fault found, one a line; also where the students cannot be trained together.
+    """
+    known, unknown = _parser().parse_known_args(list(words))
+    if not known.students:
+        return [parse_command_line(words)]
+    faults = [*_unknown_options(unknown), *_options_of_one_recipe(known)]
+    recipes = {name: Path(name).resolve() for name in known.students}
+    configs = _resolve_all(known, recipes, faults)
+    if known.print_config:
+        for name, config in configs.items():
+            print(f"--- # {name}\n{yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True)}", end="")
+        raise SystemExit(0)
+    above = Path(known.run_dir or "runs").absolute()
+    run_dirs = {name: above / recipe.stem for name, recipe in recipes.items()}
+    if known.print_run_dir:
+        undone = [run_dir for run_dir in run_dirs.values() if not (run_dir / "DONE").exists()]
+        print((undone or list(run_dirs.values()))[-1])
+        raise SystemExit(0)
+    return [
+        CommandLine(config, recipes[name], run_dirs[name], known.fresh, False, tuple(words))
+        for name, config in configs.items()
+    ]
+
+
+def _resolve(known: argparse.Namespace, recipe: Path, faults: list[str]) -> Config:
+    """A recipe under the options' overrides, checked; `faults` were found before and are told with those of it."""
+    overrides = {name: value for name, value in vars(known).items() if value is not None and "." in name}
+    if known.deepspeed is not None:
+        overrides["deepspeed"] = known.deepspeed
+    found = len(faults)
+    tree = read_recipe(recipe, faults)
+    readable = len(faults) == found
+    for name, text in overrides.items():
+        _set(tree, name, _parse_value(name, text))
+    if readable and not (known.dry_run or known.print_config or _names_text(tree)):
+        faults.append("data.train is empty: name text or prepared blocks with --data.train FILE_OR_FOLDER")
+    return validate(tree, faults)
+
+
+def _resolve_all(known: argparse.Namespace, recipes: dict[str, Path], faults: list[str]) -> dict[str, Config]:
+    """The configuration of each recipe. What is wrong with several alike, as an override is, is told once."""
+    configs, wrong = {}, dict[str, list[str]]()
+    for name, recipe in recipes.items():
+        try:
+            configs[name] = _resolve(known, recipe, [])
+        except ConfigError as error:
+            wrong.setdefault(str(error), []).append(name)
+    faults += [f"{', '.join(names)}: {fault}" for fault, names in wrong.items()]
+    if not wrong:
+        faults += shared_faults(configs)
+    if faults:
+        raise ConfigError("\n  ".join(["--students:", *faults]))
+    return configs
+
+
+def _options_of_one_recipe(known: argparse.Namespace) -> list[str]:
+    """What is wrong with the options that stand beside --students, and with its list."""
+    faults = []
+    if known.recipe:
+        faults.append(f"--recipe {known.recipe} beside --students: name all recipes after --students.")
+    if known.dry_run:
+        faults.append("--dry_run takes one student: --recipe FILE in the place of --students.")
+    files: dict[str, list[str]] = {}
+    for name in known.students:
+        files.setdefault(Path(name).stem, []).append(name)
+    for stem, names in files.items():
+        if len(names) > 1:
+            faults.append(
+                f"{', '.join(names)}: one run folder, {stem}, for {len(names)} recipes. Rename, or leave out."
+            )
+    return faults
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,13 +172,18 @@ def number(least: float, most: float = math.inf, *, kind: Callable[[str], float]
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.usage = "%(prog)s [--recipe FILE] [--section.name VALUE ...]"
+    parser.usage = "%(prog)s [--recipe FILE | --students FILE FILE ...] [--section.name VALUE ...]"
     parser.description = (
         "Distil a teacher into a smaller student. Every setting of a recipe can be given here as --section.name VALUE. "
         "Defaults are those of the published recipe; recipes/mini.yaml, which runs where none is named, sets its own."
     )
-    parser.add_argument("--recipe", default=str(DEFAULT_RECIPE), help="YAML recipe (default: recipes/mini.yaml)")
-    parser.add_argument("--run_dir", help="run folder (default: runs/<the recipe's name>)")
+    parser.add_argument("--recipe", metavar="FILE", help="YAML recipe (default: recipes/mini.yaml)")
+    parser.add_argument(
+        "--students", nargs="+", metavar="FILE", help="recipes of students that learn from the same passes of a teacher"
+    )
+    parser.add_argument(
+        "--run_dir", help="run folder (default: runs/<the recipe's name>); with --students the folder above theirs"
+    )
     parser.add_argument("--fresh", action="store_true", help="start anew; a folder that is there is moved aside")
     parser.add_argument("--dry_run", action="store_true", help="a few real steps on random tokens, then a report")
     parser.add_argument("--print_run_dir", action="store_true", help="print the run folder's path and end")
@@ -127,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 def _unknown_options(unknown: Sequence[str]) -> list[str]:
     names = [name for name, *_ in options()] + [
         "recipe",
+        "students",
         "run_dir",
         "fresh",
         "dry_run",

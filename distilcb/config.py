@@ -9,7 +9,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
@@ -222,6 +222,30 @@ RESULT_NEUTRAL = frozenset(
     }
 )
 
+# In these students that learn from the same passes of a teacher over the same batches may differ; a setting that is not
+# named here decides what they share. Whole sections stand for all of theirs.
+FREE_AMONG_STUDENTS = frozenset(
+    {
+        "student",
+        "data.sample_sentences",
+        "loss",
+        "optim.name",
+        "optim.lr",
+        "optim.warmup",
+        "optim.schedule",
+        "optim.betas",
+        "optim.eps",
+        "optim.weight_decay",
+        "optim.clip",
+        "train.log_every",
+        "train.eval_every",
+        "train.eval_maskings",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "train.activation_checkpointing",
+    }
+)
+
 
 def flatten(config: object, prefix: str = "") -> dict[str, Any]:
     """Dotted names to values, such as {"optim.lr": 5e-4}, of a dataclass or nested dict."""
@@ -248,6 +272,28 @@ def differences(old: dict[str, Any], new: Config) -> list[str]:
         for name in sorted(before.keys() | after.keys())
         if name not in RESULT_NEUTRAL and before.get(name) != after.get(name)
     ]
+
+
+def shared_faults(configs: Mapping[str, Config]) -> list[str]:
+    """What keeps students from being trained together, a line each; none where they differ in nothing that is shared.
+
+    Args:
+        configs: by the name of their recipe, two or more.
+    """
+    flat = {recipe: flatten(to_plain(config)) for recipe, config in configs.items()}
+    faults = []
+    for name in next(iter(flat.values())):
+        values = {recipe: settings.get(name) for recipe, settings in flat.items()}
+        free = name in FREE_AMONG_STUDENTS or name.split(".")[0] in FREE_AMONG_STUDENTS
+        if not free and len({repr(value) for value in values.values()}) > 1:
+            told = ", ".join(f"{value!r} in {recipe}" for recipe, value in values.items())
+            faults.append(f"{name}: {told}. It must be the same in all; --{name} VALUE sets it for all of them.")
+    one = next(iter(configs.values()))
+    if one.teacher.model is None:
+        faults.append("teacher.model is null: there is no teacher to share. Train the students one by one.")
+    if one.optim.micro_batch == "auto":
+        faults.append("optim.micro_batch: auto is found for one student alone. Give a number: --optim.micro_batch 8.")
+    return faults
 
 
 def load_recipe(path: Path) -> Config:

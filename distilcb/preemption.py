@@ -8,7 +8,7 @@ folder is the user's brake. SIGTERM (scancel, preemption) and SIGUSR1 ask for th
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,18 @@ class StopRequest:
     its gradients are summed over all and DeepSpeed reads their norm; so every rank finds the announcement at its end.
     """
 
-    def __init__(self, world: World, store: Any, run_dir: Path, environ: Mapping[str, str] = os.environ) -> None:
-        """store: the ranks' common key-value store."""
+    def __init__(
+        self,
+        world: World,
+        store: Any,
+        run_dir: Path,
+        environ: Mapping[str, str] = os.environ,
+        *,
+        beside: Sequence[Path] = (),
+    ) -> None:
+        """store: the ranks' common key-value store. beside: folders of runs that stop together with this one."""
         self.world, self.store = world, store
-        self._files = {run_dir / STOP: f"{run_dir / STOP} is there"}
+        self._files = {folder / STOP: f"{folder / STOP} is there" for folder in (run_dir, *beside)}
         if environ.get(STOP_FILE_VARIABLE):
             self._files[Path(environ[STOP_FILE_VARIABLE])] = "the time limit is near"
         self._reason: str | None = None

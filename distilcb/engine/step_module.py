@@ -78,6 +78,7 @@ class StepModule(nn.Module):
             ),
             temperature=self.loss.temperature,
             teacher=soft,
+            teacher_logits=teacher.logits if teacher else None,
         )
         return loss, {
             "kl": sums.kl * soft_factor,

@@ -6,7 +6,7 @@ gradient is that of the global batch's mean however it is cut into ranks and mic
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from distilcb.config import LossConfig, OptimConfig
 from distilcb.data.loader import Batch, Cut
 from distilcb.data.order import key
 from distilcb.distributed import all_reduce_sum
+from distilcb.engine.lessons import lessons
 from distilcb.engine.optimizer import learning_rate
-from distilcb.engine.step_module import soft_rows
 from distilcb.errors import TrainingError
 from distilcb.losses.triplet import TERMS, Counts, coefficients
 from distilcb.models.teacher import Teacher, TeacherOutput
@@ -43,6 +43,19 @@ class StepResult:
     data_wait_seconds: float
 
 
+@dataclass
+class OpenStep:
+    """A step that is being taken.
+
+    step: counted from 0. sums: as in StepResult, of the micro-batches so far. skipped_before: DeepSpeed's counter.
+    """
+
+    step: int
+    lr: float
+    sums: Tensor
+    skipped_before: int
+
+
 class Stepper:
     """Takes optimizer steps on a DeepSpeed engine around a StepModule."""
 
@@ -60,8 +73,13 @@ class Stepper:
         dropout: float,
         may_overflow: bool,
         device: torch.device,
+        student: str = "",
     ) -> None:
-        """counts: of the global batch. dropout: the student's largest. steps: of the whole run. may_overflow: fp16."""
+        """counts: of the global batch. dropout: the student's largest. steps: of the whole run. may_overflow: fp16.
+
+        student: its name, told in messages; empty where there is but one.
+        """
+        self.student = student
         self.may_overflow = may_overflow
         self.engine, self.teacher, self.loss, self.optim = engine, teacher, loss, optim
         self.cut, self.steps, self.seed, self.dropout, self.device = cut, steps, seed, dropout, device
@@ -75,31 +93,27 @@ class Stepper:
         Raises:
             TrainingError: DeepSpeed skipped the step because a loss term was not finite on some rank.
         """
+        (result,) = step_together([self], step, batches)
+        return result
+
+    def begin(self, step: int) -> OpenStep:
+        """Set the rate of step `step`, and count its figures from here."""
         lr = learning_rate(self.optim, step=step, steps=self.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
-        waited, skipped_before = 0.0, self.engine.skipped_steps
-        for micro in range(self.cut.accumulation):
-            at(Place.READING, step=step + 1, micro=micro)
-            started = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - started
-            sums += self._micro_step(step, micro, batch.to(self.device))
-        skipped = self.engine.skipped_steps > skipped_before
-        bad_here = torch.where(torch.isfinite(sums), math.inf, step + 1.0)
-        self._first_bad_step = torch.minimum(self._first_bad_step, bad_here)
-        if skipped:  # DeepSpeed skips NaN in silence, as it does an overflow; all ranks see the same counter
-            self.refuse_non_finite()
-            if not self.may_overflow:
-                raise TrainingError(f"step {step + 1}: the gradient is not finite, though every loss term is.")
-        return StepResult(sums, lr, self.engine.get_global_grad_norm(), skipped, waited)
+        return OpenStep(step, lr, sums, self.engine.skipped_steps)
 
-    def _micro_step(self, step: int, micro: int, batch: Batch) -> Tensor:
+    def learn(self, opened: OpenStep, micro: int, batch: Batch, taught: TeacherOutput | None, *, move: int) -> None:
+        """Take a micro-batch of the step, and after the last one the update.
+
+        Args:
+            taught: what `lessons` gives for the batch.
+            move: of the step's micro-batches, those of every student counted, which one this is.
+        """
         if self.dropout:  # dropout as a function of its place, so that a checkpoint holds no generator
-            torch.manual_seed(int(key(self.seed, step, self.cut.global_index(micro))) >> 1)
-        taught = self.teach(batch)
-        at(Place.FORWARD)
+            torch.manual_seed(int(key(self.seed, opened.step, self.cut.global_index(micro))) >> 1)
+        at(Place.FORWARD, micro=move)
         loss, sums = self.engine(batch, taught, self.coefficients)
         self.engine.set_gradient_accumulation_boundary(micro == self.cut.accumulation - 1)
         at(Place.BACKWARD)
@@ -112,17 +126,36 @@ class Stepper:
         except Exception as error:
             if "loss scale already at minimum" in str(error):  # a bare Exception of DeepSpeed's scaler
                 raise TrainingError(
-                    f"step {step + 1}: fp16 overflows at the smallest loss scale. Lower optim.lr, or use bf16."
+                    f"{self._step(opened.step + 1)}: fp16 overflows at the smallest loss scale. Lower optim.lr, or "
+                    "use bf16."
                 ) from error
             raise
-        return sums
+        opened.sums += sums
+
+    def end(self, opened: OpenStep, *, data_wait_seconds: float) -> StepResult:
+        """What the step leaves.
+
+        Raises:
+            TrainingError: as `step`.
+        """
+        skipped = self.engine.skipped_steps > opened.skipped_before
+        bad_here = torch.where(torch.isfinite(opened.sums), math.inf, opened.step + 1.0)
+        self._first_bad_step = torch.minimum(self._first_bad_step, bad_here)
+        if skipped:  # DeepSpeed skips NaN in silence, as it does an overflow; all ranks see the same counter
+            self.refuse_non_finite()
+            if not self.may_overflow:
+                where = self._step(opened.step + 1)
+                raise TrainingError(f"{where}: the gradient is not finite, though every loss term is.")
+        return StepResult(opened.sums, opened.lr, self.engine.get_global_grad_norm(), skipped, data_wait_seconds)
 
     def teach(self, batch: Batch) -> TeacherOutput | None:
         """What the student learns from in these blocks; None where no term needs a teacher."""
-        if self.teacher is None or not (self.loss.kl or self.loss.mse or self.loss.cos):
-            return None
-        at(Place.TEACHER)
-        return self.teacher(batch.input_ids, soft_rows(batch, self.loss), wants_hidden=bool(self.loss.cos))
+        (taught,) = lessons(self.teacher, [self.loss], batch)
+        return taught
+
+    def _step(self, step: int | float) -> str:
+        """A step, and which student's where there are several."""
+        return f"{self.student}, step {step:.0f}" if self.student else f"step {step:.0f}"
 
     def refuse_non_finite(self) -> None:
         """Raise TrainingError on every rank where a loss term was not finite on one; waits for the device.
@@ -138,6 +171,33 @@ class Stepper:
             step, rank = min(bad)
             terms = [term for term, at in zip(TERMS, found[rank], strict=True) if at == step]
             raise TrainingError(
-                f"step {step:.0f}: loss term {', '.join(terms)} is not finite on rank {rank}. The weights of the "
+                f"{self._step(step)}: loss term {', '.join(terms)} is not finite on rank {rank}. The weights of the "
                 "last checkpoint are good. Lower optim.lr, raise optim.warmup, or look at the step's text."
             )
+
+
+def step_together(steppers: Sequence[Stepper], step: int, batches: Iterator[Batch]) -> list[StepResult]:
+    """Take step `step`, counted from 0, with each of these students on the same next batches of this rank.
+
+    The teacher sees a micro-batch once, and all learn from what it says there; then that is dropped, so that never more
+    than one lesson is kept. Each student computes what it would alone. All have one teacher, cut and device.
+
+    Raises:
+        TrainingError: as `Stepper.step`.
+    """
+    opened, waited = [stepper.begin(step) for stepper in steppers], 0.0
+    for micro in range(steppers[0].cut.accumulation):
+        at(Place.READING, step=step + 1, micro=micro * len(steppers))
+        started = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - started
+        _learn_together(steppers, opened, micro, batch.to(steppers[0].device))
+    ended = zip(steppers, opened, strict=True)
+    return [stepper.end(own, data_wait_seconds=waited) for stepper, own in ended]
+
+
+def _learn_together(steppers: Sequence[Stepper], opened: Sequence[OpenStep], micro: int, batch: Batch) -> None:
+    taught = lessons(steppers[0].teacher, [stepper.loss for stepper in steppers], batch)
+    first = micro * len(steppers)
+    for number, (stepper, own) in enumerate(zip(steppers, opened, strict=True)):
+        stepper.learn(own, micro, batch, taught[number], move=first + number)

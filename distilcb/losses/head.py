@@ -70,6 +70,7 @@ def streamed_head(
     coefficients: HeadCoefficients,
     temperature: float,
     teacher: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    teacher_logits: dict[int, Tensor] | None = None,
     soft_rows: int | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, HeadSums]:
@@ -83,6 +84,9 @@ def streamed_head(
         coefficients: the factor of each sum. A term whose factor is 0 costs nothing and its sum is 0.
         temperature: T > 0 of the KL term, whose sum includes T^2.
         teacher: features (rows, teacher hidden), decoder weight and bias; needed for kl and mse.
+        teacher_logits: of each chunk by its first row, where heads of several students are given the same features and
+            chunks: those that are there are taken, the others made and left there. Together a tensor of soft rows x
+            vocab. None: nothing is kept.
         soft_rows: kl and mse are taken on the first `soft_rows` rows; None: on all.
         chunk_rows: rows a chunk; None: by CHUNK_BYTES. The result depends on it by rounding only.
 
@@ -104,6 +108,7 @@ def streamed_head(
         features.shape[0] if soft_rows is None else soft_rows,
         chunk_rows or rows_per_chunk(weight.shape[0], features.device.type),
         torch.is_grad_enabled(),
+        teacher_logits,
     )
     loss, *sums = _StreamedHead.apply(features, weight, bias, labels, teacher, pass_)  # type: ignore[no-untyped-call]
     return loss, HeadSums(*sums)
@@ -116,6 +121,7 @@ class _Pass:
     soft_rows: int
     chunk_rows: int
     wants_gradient: bool
+    kept_logits: dict[int, Tensor] | None
 
 
 class _StreamedHead(torch.autograd.Function):
@@ -182,7 +188,7 @@ class _Stream:
         self.terms = LogitTerms(c.kl * share, c.mlm * share, c.mse * share, pass_.temperature)
         chunk = min(pass_.chunk_rows, self.rows)
         self.student_logits = _logit_buffer(chunk, weight)
-        self.teacher_logits = _logit_buffer(min(chunk, self.soft_rows), weight)
+        self.teacher_logits = _logit_buffer(0 if pass_.kept_logits is not None else min(chunk, self.soft_rows), weight)
         if pass_.wants_gradient:
             self.grad_features = torch.zeros(features.shape, device=device, dtype=fp32)
             self.grad_weight = None if self.rows else torch.zeros(weight.shape, device=device, dtype=fp32)
@@ -193,14 +199,23 @@ class _Stream:
         student = _logits(self.features[start:stop], self.weight, self.bias, self.student_logits)
         soft, teacher = min(stop, self.soft_rows) - start, None
         if soft > 0:
-            assert self.teacher is not None
-            features, weight, bias = self.teacher
-            teacher = _logits(features[start : start + soft], weight, bias, self.teacher_logits)
+            teacher = self._taught(start, soft)
         labels, wants = self.labels[start : min(stop, self.hard_rows)], self.pass_.wants_gradient
         scale = self._half_precision_scale(student, teacher) if wants else None
         self.sums += take_rows(student, teacher, labels, self.terms, scale=scale, wants_gradient=wants)
         if wants:
             self._carry_back(student, scale, start, stop)
+
+    def _taught(self, start: int, rows: int) -> Tensor:
+        """(rows, vocab) the teacher's logits from row `start` on."""
+        assert self.teacher is not None
+        features, weight, bias = self.teacher
+        kept = self.pass_.kept_logits
+        if kept is None:
+            return _logits(features[start : start + rows], weight, bias, self.teacher_logits)
+        if start not in kept:
+            kept[start] = _logits(features[start : start + rows], weight, bias, _logit_buffer(rows, weight))
+        return kept[start]
 
     def _carry_back(self, gradient: Tensor, scale: Tensor | None, start: int, stop: int) -> None:
         back = _product(gradient, self.weight)

@@ -16,11 +16,14 @@ class TeacherOutput:
     hidden: (rows, hidden) last hidden states of every row, or None where no term needs them.
     features: (soft rows, hidden) what stands before the decoder, in the order of the rows asked for, or None.
     decoder: weight (vocab, hidden) and bias (vocab,) or None.
+    logits: where several students learn from these features: what the first one's head makes of them, kept for the
+        others (losses/head.py); None: nothing is kept.
     """
 
     hidden: Tensor | None
     features: Tensor | None
     decoder: tuple[Tensor, Tensor | None]
+    logits: dict[int, Tensor] | None = None
 
 
 class Teacher:
@@ -34,12 +37,24 @@ class Teacher:
         self.family: Family = family_of(model.config, where="teacher")
         self.model = model.eval().requires_grad_(False)
 
-    @torch.no_grad()  # inference_mode's tensors cannot be saved for the cosine term's backward
     def __call__(self, input_ids: Tensor, soft_rows: Tensor | None, *, wants_hidden: bool) -> TeacherOutput:
         """Run on (blocks, tokens) ids; `soft_rows` are the flattened rows whose distribution is needed."""
+        hidden = self.hidden(input_ids)
+        features = None if soft_rows is None else self.features(hidden, soft_rows)
+        return TeacherOutput(hidden if wants_hidden else None, features, self.decoder)
+
+    @torch.no_grad()  # inference_mode's tensors cannot be saved for the cosine term's backward
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """(rows, hidden) last hidden states of (blocks, tokens) ids: nearly all of the teacher's work."""
         states = self.family.encode(self.model, input_ids)
-        hidden = states.reshape(-1, states.shape[-1])
-        features = None
-        if soft_rows is not None:
-            features = self.family.head_features(self.model, hidden.index_select(0, soft_rows))
-        return TeacherOutput(hidden if wants_hidden else None, features, self.family.decoder(self.model))
+        return states.reshape(-1, states.shape[-1])
+
+    @torch.no_grad()
+    def features(self, hidden: Tensor, soft_rows: Tensor) -> Tensor:
+        """(soft rows, hidden) what stands before the decoder, for those rows of `hidden`."""
+        return self.family.head_features(self.model, hidden.index_select(0, soft_rows))
+
+    @property
+    def decoder(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (vocab, hidden) and bias (vocab,) or None."""
+        return self.family.decoder(self.model)

@@ -37,19 +37,12 @@ def logged_steps(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(records, key=lambda record: record["step"])
 
 
-class RunWriter:
-    """Writes a run's figures to console, metrics.jsonl and TensorBoard."""
+class StepBar:
+    """How far a training has come: a bar on the console, or where stderr is no terminal a line a logged step."""
 
-    def __init__(self, run_dir: Path, *, steps: int, first_step: int) -> None:
-        """Lines and curves after `first_step`, which a killed start may have left, are dropped."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = run_dir / METRICS
-        last_kept = first_step or -1  # what is resumed at 0 had no checkpoint, and evaluates step 0 again
-        _keep_lines_up_to(self.path, last_kept, and_evaluation=first_step < steps)
-        self._lines = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_kept + 1)
+    def __init__(self, *, steps: int, first_step: int) -> None:
         self._steps, self._first_step = steps, first_step
+        self._losses: dict[str, str] = {}
 
     @cached_property
     def _bar(self) -> Any:
@@ -62,17 +55,6 @@ class RunWriter:
             disable=not sys.stderr.isatty(),  # in a file every move of a bar is a line
         )
 
-    def __enter__(self) -> "RunWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if "_bar" in vars(self):
-            self._bar.close()
-        self._lines.close()
-        self._board.close()
-
     def advance(self) -> None:
         """One optimizer step is done."""
         self._bar.update()
@@ -81,9 +63,76 @@ class RunWriter:
         """Show the bar; or leave what was not training (an evaluation, a save) out of its times."""
         self._bar.unpause()
 
-    def end_bar(self) -> None:
+    def end(self) -> None:
         """Leave the bar's last state on the console, and end its line."""
         self._bar.close()
+
+    def close(self) -> None:
+        """End a bar that was shown."""
+        if "_bar" in vars(self):
+            self._bar.close()
+
+    def tell(self, student: str, record: dict[str, Any]) -> None:
+        """A student's logged step; its name is empty where there is but one."""
+        loss, rate = f"{record['loss']:.3f}", f"{record['tokens_per_second']:,.0f}"
+        if self._bar.disable:
+            log.info(
+                "%sstep %d of %d, loss %s, %s tokens/s, %s",
+                *(f"{student}: " if student else "", record["step"], self._steps, loss, rate, self._left(record)),
+            )
+        else:
+            self._losses[student or "loss"] = loss
+            self._bar.set_postfix(self._losses | {"tokens_per_s": rate}, refresh=False)
+
+    def _left(self, record: dict[str, Any]) -> str:
+        """The time that the steps which are left take at the rate of the last ones."""
+        step_tokens = record["tokens"] / record["step"]
+        seconds = (self._steps - record["step"]) * step_tokens / record["tokens_per_second"]
+        return f"{tqdm.format_interval(seconds)} left"
+
+
+class RunWriter:
+    """Writes a run's figures to console, metrics.jsonl and TensorBoard."""
+
+    def __init__(
+        self, run_dir: Path, *, steps: int, first_step: int, bar: StepBar | None = None, student: str = ""
+    ) -> None:
+        """Lines and curves after `first_step`, which a killed start may have left, are dropped.
+
+        Args:
+            bar: that of all students, where several are trained together; None: one of its own.
+            student: its name among them.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.path = run_dir / METRICS
+        last_kept = first_step or -1  # what is resumed at 0 had no checkpoint, and evaluates step 0 again
+        _keep_lines_up_to(self.path, last_kept, and_evaluation=first_step < steps)
+        self._lines = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_kept + 1)
+        self._bar, self._student = bar or StepBar(steps=steps, first_step=first_step), student
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        self._lines.close()
+        self._board.close()
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        self._bar.advance()
+
+    def start_clock(self) -> None:
+        """Show the bar; or leave what was not training (an evaluation, a save) out of its times."""
+        self._bar.start_clock()
+
+    def end_bar(self) -> None:
+        """Leave the bar's last state on the console, and end its line."""
+        self._bar.end()
 
     def training(self, record: dict[str, Any]) -> None:
         """One logged step: a line, curves under train/, and the bar's figures."""
@@ -91,19 +140,7 @@ class RunWriter:
         for name, value in record.items():
             if name not in _NOT_CURVES and value is not None:
                 self._board.add_scalar(f"train/{name}", value, record["step"])
-        loss, rate = f"{record['loss']:.3f}", f"{record['tokens_per_second']:,.0f}"
-        if self._bar.disable:
-            log.info(
-                "step %d of %d, loss %s, %s tokens/s, %s", record["step"], self._steps, loss, rate, self._left(record)
-            )
-        else:
-            self._bar.set_postfix(loss=loss, tokens_per_s=rate, refresh=False)
-
-    def _left(self, record: dict[str, Any]) -> str:
-        """The time that the steps which are left take at the rate of the last ones."""
-        step_tokens = record["tokens"] / record["step"]
-        seconds = (self._steps - record["step"]) * step_tokens / record["tokens_per_second"]
-        return f"{tqdm.format_interval(seconds)} left"
+        self._bar.tell(self._student, record)
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Held-out figures, as in summary.json: a line and curves under eval/."""

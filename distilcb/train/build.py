@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -38,10 +38,11 @@ from distilcb.launcher import World
 from distilcb.losses.triplet import Counts
 from distilcb.machine import is_compiled, uses_cuda, wait_for_compiler
 from distilcb.models.families import Family
-from distilcb.monitor.metrics import ModelShape, flops_per_token, shape_of
+from distilcb.monitor.metrics import ModelShape, Window, flops_per_token, shape_of
+from distilcb.monitor.writers import RunWriter
 from distilcb.preemption import StopRequest
 from distilcb.train.micro_batch import settle_micro_batch
-from distilcb.train.models import Models, build_models
+from distilcb.train.models import Models, build_models_of
 from distilcb.train.preflight import check_free_disk, preflight
 from distilcb.train.run_folder import RunFolder, RunState, provenance
 from distilcb.train.text import check_names, open_text
@@ -79,9 +80,18 @@ class Place:
     precision: str
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """Everything that the loop uses."""
+    """Everything that the loop uses.
+
+    Students that are trained together have a run each; place, teacher, tokenizer, text, request to stop and watchdog
+    are the same objects in all of them.
+
+    name: of the student in messages, empty where it is trained alone.
+    siblings: the run folders of all that are trained together, this one's among them, also those that are DONE.
+    writer: on rank zero, while it trains.
+    window: the open window of logging, while it trains.
+    """
 
     config: Config
     place: Place
@@ -96,6 +106,10 @@ class Run:
     counts: Counts
     stop: StopRequest
     watchdog: Watchdog
+    name: str = ""
+    siblings: tuple[RunFolder, ...] = ()
+    writer: RunWriter | None = None
+    window: Window | None = None
 
     @property
     def student(self) -> Any:
@@ -119,62 +133,128 @@ class Run:
         )
 
 
-def build(command: CommandLine) -> Run | None:
-    """Wire a run on this rank; None where the run folder says that it is done.
+@dataclass(frozen=True)
+class _Start:
+    """A run that is not done, as its folder was found."""
 
-    The run folder is made once models and text are known to fit, so that a mistake leaves nothing behind.
+    command: CommandLine
+    folder: RunFolder
+    state: RunState
+
+
+def build(command: CommandLine) -> Run | None:
+    """Wire a run on this rank; None where the run folder says that it is done, or is not to go on."""
+    return next(iter(build_together([command])), None)
+
+
+def build_together(commands: Sequence[CommandLine]) -> list[Run]:
+    """Wire the runs of students that share all but what FREE_AMONG_STUDENTS names (config.py), on this rank.
+
+    Those that are done are left out, so that the list is empty where all are; and where one of them is not to go on.
+    Run folders are made once models and text are known to fit, so that a mistake leaves nothing behind.
     """
-    config, folder = command.config, RunFolder(command.run_dir)
-    place = take_place(command)
-    state = on_main(lambda: folder.look(command))
-    if state is RunState.STOPPED:
-        log.info("%s is there: not starting. Remove it to go on.", folder.stop)
-        return None
-    if state is RunState.DONE:
-        log.info("%s is DONE: nothing to do. --fresh starts anew and keeps it aside.", folder.path)
-        if place.world.is_main:
-            for line in folder.not_compared(command):
-                log.warning("what it was made from is not compared: %s", line)
-        return None
+    place = take_place(commands[0], beside=commands[1:])
+    folders = tuple(RunFolder(command.run_dir) for command in commands)
+    starts = _find_undone(commands, folders, place)
+    if not starts:
+        return []
+    config = starts[0].command.config  # of text, teacher and batches the same in all
     check_names(config.data)
-    models = build_models(config, place)
-    kept = on_main(lambda: folder.micro_batch(place.world.size)) if state is RunState.RESUMED else None
-    command = settle_micro_batch(command, place, models, kept)
-    config = command.config
-    text = open_text(config.data, models.tokenizer, place.world)
-    facts = {"precision": place.precision, "teacher": models.teacher_hash, "text": text.contents}
-    facts["deepspeed"] = deepspeed_config.state_layout(place.settings)
-    checkpoints, newest = _begin(command, place, folder, state, models, facts)
+    all_models = build_models_of([start.command.config for start in starts], place)
+    starts = [_with_micro_batch(*each, place) for each in zip(starts, all_models, strict=True)]
+    config, tokenizer = starts[0].command.config, all_models[0].tokenizer
+    text = open_text(config.data, tokenizer, place.world)
+    facts = {
+        "precision": place.precision,
+        "teacher": all_models[0].teacher_hash,
+        "text": text.contents,
+        "deepspeed": deepspeed_config.state_layout(place.settings),
+    }
+    begun = [
+        _begin(start.command, place, start.folder, start.state, models, facts)
+        for start, models in zip(starts, all_models, strict=True)
+    ]
+    heldout = _heldout_batches(config, place.world, tokenizer, text.heldout) if text.heldout else None
+    shared = _Shared(place, folders, text.train, heldout, *watched(place, folders, config))
+    return [_wire(*each, shared) for each in zip(starts, all_models, begun, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What all students of a training have in common beside the teacher."""
+
+    place: Place
+    siblings: tuple[RunFolder, ...]
+    blocks: BlockSource
+    heldout: HeldoutBatches | None
+    stop: StopRequest
+    watchdog: Watchdog
+
+
+def _wire(start: _Start, models: Models, begun: tuple[Checkpoints, Checkpoint | None], shared: _Shared) -> Run:
+    """One student's run, brought to its newest checkpoint."""
+    config, place, (checkpoints, newest) = start.command.config, shared.place, begun
+    name = start.folder.path.name if len(shared.siblings) > 1 else ""
     universal = newest is not None and newest.world_size != place.world.size
-    engine, stepper, micro_batches, counts = wire_stepper(config, place, models, text.train, load_universal=universal)
-    progress = _restore(checkpoints, newest, engine, place.world, state)
-    heldout = _heldout_batches(config, place.world, models.tokenizer, text.heldout) if text.heldout else None
-    stop, watchdog = watched(place, folder, config)
+    engine, stepper, micro_batches, counts = wire_stepper(
+        config, place, models, shared.blocks, load_universal=universal, name=name
+    )
     return Run(
         config=config,
         place=place,
-        folder=folder,
+        folder=start.folder,
         models=models,
         engine=engine,
         stepper=stepper,
         micro_batches=micro_batches,
-        heldout=heldout,
+        heldout=shared.heldout,
         checkpoints=checkpoints,
-        progress=progress,
+        progress=_restore(checkpoints, newest, engine, place.world, start.state),
         counts=counts,
-        stop=stop,
-        watchdog=watchdog,
+        stop=shared.stop,
+        watchdog=shared.watchdog,
+        name=name,
+        siblings=shared.siblings,
     )
 
 
-def watched(place: Place, folder: RunFolder, config: Config) -> tuple[StopRequest, Watchdog]:
-    """What asks a run to stop, and what sees that its ranks move; on every rank together."""
+def _find_undone(commands: Sequence[CommandLine], folders: Sequence[RunFolder], place: Place) -> list[_Start]:
+    """The runs that are not done; none where one of them is not to go on."""
+    pairs = list(zip(commands, folders, strict=True))
+    states = on_main(lambda: [folder.look(command) for command, folder in pairs])
+    for folder, state in zip(folders, states, strict=True):
+        if state is RunState.STOPPED:
+            log.info("%s is there: not starting. Remove it to go on.", folder.stop)
+            return []
+    starts = []
+    for (command, folder), state in zip(pairs, states, strict=True):
+        if state is not RunState.DONE:
+            starts.append(_Start(command, folder, state))
+            continue
+        log.info("%s is DONE: nothing to do. --fresh starts anew and keeps it aside.", folder.path)
+        if place.world.is_main:
+            for line in folder.not_compared(command):
+                log.warning("what it was made from is not compared: %s", line)
+    return starts
+
+
+def _with_micro_batch(start: _Start, models: Models, place: Place) -> _Start:
+    """The start with a number for optim.micro_batch."""
+    kept = None
+    if start.state is RunState.RESUMED:
+        kept = on_main(lambda: start.folder.micro_batch(place.world.size))
+    return replace(start, command=settle_micro_batch(start.command, place, models, kept))
+
+
+def watched(place: Place, folders: Sequence[RunFolder], config: Config) -> tuple[StopRequest, Watchdog]:
+    """What asks the runs in these folders to stop, and what sees that their ranks move; on every rank together."""
 
     def connection() -> Any:
         return distributed.open_store(place.world, timeout_seconds=_STORE_SECONDS)
 
     watchdog = Watchdog(place.world, connection(), stall_minutes=config.train.stall_minutes)
-    return StopRequest(place.world, connection(), folder.path), watchdog
+    first, *beside = [folder.path for folder in folders]
+    return StopRequest(place.world, connection(), first, beside=beside), watchdog
 
 
 def _begin(
@@ -197,10 +277,11 @@ def _begin(
     return checkpoints, newest
 
 
-def take_place(command: CommandLine, *, reads_only: bool = False) -> Place:
+def take_place(command: CommandLine, *, beside: Sequence[CommandLine] = (), reads_only: bool = False) -> Place:
     """Meet the other ranks and settle device, sharding and precision; says which and why.
 
     Args:
+        beside: the other students' that are trained together.
         reads_only: leave the run folder as it is; else a file is put there for a moment.
 
     Raises:
@@ -215,7 +296,7 @@ def take_place(command: CommandLine, *, reads_only: bool = False) -> Place:
     world = distributed.start()
     deepspeed_config.check_sections(settings)
     precision = deepspeed_config.precision(settings)
-    machines = preflight(world, command, settings, reads_only=reads_only)
+    machines = preflight(world, command, settings, beside=beside, reads_only=reads_only)
     log.info("precision: %s (%s)", precision, why)
     micro_batch, global_batch = config.optim.micro_batch, config.optim.global_batch
     a_pass = "auto" if micro_batch == "auto" else f"{micro_batch} x accumulation {accumulation}"
@@ -227,12 +308,19 @@ def take_place(command: CommandLine, *, reads_only: bool = False) -> Place:
 
 
 def wire_stepper(
-    config: Config, place: Place, models: Models, blocks: BlockSource, *, load_universal: bool = False
+    config: Config,
+    place: Place,
+    models: Models,
+    blocks: BlockSource,
+    *,
+    load_universal: bool = False,
+    name: str = "",
 ) -> tuple[Any, Stepper, MicroBatches, Counts]:
     """DeepSpeed's engine, the stepper around it, and the batches that it takes.
 
     Args:
         load_universal: whether the engine will load a checkpoint that another number of ranks saved.
+        name: of the student in messages, where there are several.
     """
     optim, world, seed = config.optim, place.world, config.train.seed
     cut = Cut(optim.global_batch, optim.sequences_a_pass, world.rank, world.size)
@@ -254,6 +342,7 @@ def wire_stepper(
         dropout=models.family.dropout(models.student.config),
         may_overflow=place.precision == "fp16",
         device=place.device,
+        student=name,
     )
     return engine, stepper, MicroBatches(blocks, order, task, cut), counts
 

@@ -1,6 +1,5 @@
 """A run folder's checkpoint, as a Hugging Face folder."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def export_run(run_dir: Path, *, step: int | None, output: Path) -> Path:
     checkpoint = _find(folder, step)
     heldout: dict[str, Any] = {}
     if folder.summary.is_file():
-        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        summary = folder.read_summary()
         if summary["train"]["steps"] == checkpoint.step:  # the figures are of the last step
             heldout = summary["heldout"]
     return write_student(folder, checkpoint, load_recipe(folder.config), heldout, output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,20 +42,32 @@ def build_models(config: Config, place: Place) -> Models:
     Raises:
         ConfigError, ModelError: whatever does not fit together.
     """
-    if config.train.compile:
-        check_compiler()
-    models = load_models(config)
-    teacher, student = models.teacher, models.student
-    if config.train.activation_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    if teacher is not None:
-        models = replace(models, teacher_hash=hash_weights(teacher.model))
-        teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
-    if config.train.compile:
-        compile_layers(models)
-    elif place.device.type == "cpu":
-        use_cpu_dropout(student)
+    (models,) = build_models_of([config], place)
     return models
+
+
+def build_models_of(configs: Sequence[Config], place: Place) -> list[Models]:
+    """The models of students that share teacher and tokenizer: both are loaded once.
+
+    Raises:
+        ConfigError, ModelError: whatever does not fit together.
+    """
+    if configs[0].train.compile:
+        check_compiler()
+    teacher, tokenizer = _load_teacher(configs[0]), _load_tokenizer(configs[0])
+    built = [_with_student(config, teacher, tokenizer) for config in configs]
+    if teacher is not None:
+        teacher_hash = hash_weights(teacher.model)
+        built = [replace(models, teacher_hash=teacher_hash) for models in built]
+        teacher.model.to(device=place.device, dtype=DTYPES[place.precision])
+    for config, models in zip(configs, built, strict=True):
+        if config.train.activation_checkpointing:
+            models.student.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.train.compile:
+            compile_layers(models)
+        elif place.device.type == "cpu":
+            use_cpu_dropout(models.student)
+    return built
 
 
 def load_models(config: Config) -> Models:
@@ -63,12 +76,23 @@ def load_models(config: Config) -> Models:
     Raises:
         ConfigError, ModelError: whatever does not.
     """
-    teacher = None
-    if config.teacher.model is not None:
-        pickle = config.teacher.allow_pickle
-        # In fp32 at first: the student's master weights are copied from it.
-        teacher = Teacher(load_language_model(config.teacher.model, dtype=torch.float32, allow_pickle=pickle))
-    tokenizer = TextTokenizer(config.data.tokenizer or config.teacher.model or config.student.init)
+    return _with_student(config, _load_teacher(config), _load_tokenizer(config))
+
+
+def _load_teacher(config: Config) -> Teacher | None:
+    if config.teacher.model is None:
+        return None
+    pickle = config.teacher.allow_pickle
+    # In fp32 at first: the student's master weights are copied from it.
+    return Teacher(load_language_model(config.teacher.model, dtype=torch.float32, allow_pickle=pickle))
+
+
+def _load_tokenizer(config: Config) -> TextTokenizer:
+    return TextTokenizer(config.data.tokenizer or config.teacher.model or config.student.init)
+
+
+def _with_student(config: Config, teacher: Teacher | None, tokenizer: TextTokenizer) -> Models:
+    """The student built, and seen to fit the others."""
     student, family = build_student(
         config.student,
         teacher=teacher.model if teacher else None,

@@ -31,26 +31,35 @@ _GIB = 2**30
 _SEEN_WITHIN_SECONDS = 5.0
 
 
-def preflight(world: World, command: CommandLine, settings: dict[str, Any], *, reads_only: bool = False) -> int:
+def preflight(
+    world: World,
+    command: CommandLine,
+    settings: dict[str, Any],
+    *,
+    beside: Sequence[CommandLine] = (),
+    reads_only: bool = False,
+) -> int:
     """Check the ranks against each other; returns the number of machines. Every rank must call it.
 
     Args:
         settings: DeepSpeed's.
+        beside: those of the other students that this start trains.
         reads_only: write nothing into a run folder that is there.
 
     Raises:
         LaunchError: with every fault found, on every rank.
     """
     started = time.perf_counter()
-    ranks = gather_objects(_facts(command, settings))
+    ranks = gather_objects(_facts([command, *beside], settings))
     hosts = Counter(facts["host"] for facts in ranks)
     faults = [*disagreements(ranks), *layout_faults(world, hosts, ranks[0]["gpus"])]
     if wrong := wrong_sums(world):
         faults.append(wrong)
     if len(hosts) > 1 and not faults:
         names = [facts["host"] for facts in ranks]
-        is_run = reads_only and on_main((command.run_dir / "config.yaml").is_file)
-        faults += _unlike(command.run_dir, names) if is_run else _unseen(command.run_dir, names)
+        for run_dir in [each.run_dir for each in (command, *beside)]:
+            is_run = reads_only and on_main((run_dir / "config.yaml").is_file)
+            faults += _unlike(run_dir, names) if is_run else _unseen(run_dir, names)
     if faults:
         raise LaunchError("\n  ".join(["the ranks of this start do not go together:", *faults]))
     devices = Counter(facts["device"] for facts in ranks)
@@ -153,16 +162,16 @@ def device_name() -> str:
     return torch.cuda.get_device_name(device()) if uses_cuda() else "CPU"
 
 
-def _facts(command: CommandLine, settings: dict[str, Any]) -> dict[str, Any]:
+def _facts(commands: Sequence[CommandLine], settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "device": device_name(),
         "gpus": os.environ.get("SLURM_GPUS_ON_NODE", ""),
         "same": {
             **versions(),
-            "the resolved recipe": _digest(to_plain(command.config)),
+            "the resolved recipe": ", ".join(_digest(to_plain(command.config)) for command in commands),
             "the DeepSpeed file": _digest(settings),
-            "the run folder": str(command.run_dir),
+            "the run folder": ", ".join(str(command.run_dir) for command in commands),
         },
     }
 

@@ -227,7 +227,7 @@ def _wire(folder: RunFolder, command: CommandLine, plan: Plan) -> tuple[Run, Ste
     spare = spare_module(models, config.loss)
     engine, stepper, micro_batches, counts = wire_stepper(config, place, models, blocks)
     checkpoints = Checkpoints(folder.checkpoints, keep=1)
-    stop, watchdog = watched(place, folder, config)
+    stop, watchdog = watched(place, [folder], config)
     run = Run(
         config=config,
         place=place,

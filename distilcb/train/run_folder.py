@@ -168,6 +168,11 @@ class RunFolder:
         """Write summary.json."""
         write_durably(self.summary, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
 
+    def read_summary(self) -> dict[str, Any]:
+        """What summary.json holds."""
+        summary: dict[str, Any] = json.loads(self.summary.read_text(encoding="utf-8"))
+        return summary
+
     def write_done(self) -> None:
         """Write DONE, the last file of a run."""
         write_durably(self.done, time.strftime("%Y-%m-%dT%H:%M:%S%z") + "\n")

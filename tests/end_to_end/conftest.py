@@ -65,10 +65,10 @@ class Commands:
         return _end(start(_deepspeed(ranks, program, words, port)))
 
     @contextmanager
-    def training(self, *words: object, until_step: int) -> Iterator[subprocess.Popen[str]]:
-        """A run that has taken some steps and goes on; killed where it is left."""
+    def training(self, *words: object, until_step: int, student: str = "") -> Iterator[subprocess.Popen[str]]:
+        """A run that has taken some steps and goes on; killed where it is left. student: as below."""
         process = start([sys.executable, "launch/train.py", *words])
-        run_dir = Path(str(words[words.index("--run_dir") + 1]))
+        run_dir = Path(str(words[words.index("--run_dir") + 1])) / student
         try:
             _wait_for_step(process, run_dir, until_step)
             yield process
@@ -78,16 +78,25 @@ class Commands:
                 process.communicate()
 
     def train_until_killed(
-        self, run_dir: Path, *words: object, after_step: int, ranks: int = 1, by: int = signal.SIGKILL
+        self,
+        run_dir: Path,
+        *words: object,
+        after_step: int,
+        ranks: int = 1,
+        by: int = signal.SIGKILL,
+        student: str = "",
     ) -> subprocess.CompletedProcess[str]:
-        """Train and send every process a signal once a step is in metrics.jsonl; returns how it ended."""
+        """Train and send every process a signal once a step is in metrics.jsonl; returns how it ended.
+
+        student: of several, in whose folder below run_dir the step is waited for.
+        """
         words = ("--run_dir", run_dir, *words)
         program = [sys.executable, "launch/train.py", *words] if ranks == 1 else _deepspeed(ranks, "train", words)
         process = start(program)
-        _wait_for_step(process, run_dir, after_step)
+        _wait_for_step(process, run_dir / student, after_step)
         os.killpg(process.pid, by)
         ended = _end(process)
-        assert not (run_dir / "DONE").exists(), "it was done before it could be killed"
+        assert not (run_dir / student / "DONE").exists(), "it was done before it could be killed"
         return ended
 
 

@@ -61,6 +61,16 @@ def test_the_benchmark_of_variants_has_each(tmp_path):
     assert all(0.1 < speed < 10 for speed in speeds.values())
 
 
+def test_the_benchmark_of_students_compares_a_step_together_with_steps_alone(tmp_path):
+    found, _ = figures_of("students", tmp_path, "--cases", "mini", "--deepspeed", "zero2_cpu")
+    figures = {name: value for name, value in found.items() if "mini" in name}
+    assert len(figures) == 2
+    for each in figures.values():
+        assert set(each["seconds"]) == {"6 layers", "4 layers", "2 layers", "together", "the teacher's pass"}
+        assert 0.2 < each["ratio"] < 1.2
+        assert 0 < each["teachers_share_of_three_steps"] < 1
+
+
 def test_the_benchmark_of_preparing_has_ours_and_the_others(tmp_path):
     figures, _ = figures_of("prepare", tmp_path, "--megabytes", "2", "--large", "3", "--folder", tmp_path)
     assert figures["ours, 1 process(es)"]["over_line_by_line"] > 1

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.flop_counter import FlopCounterMode
 
 from distilcb.monitor.metrics import ModelShape, Window, flops_per_token, peak_flops, peak_memory_bytes
-from distilcb.monitor.writers import RunWriter
+from distilcb.monitor.writers import RunWriter, StepBar
 
 CPU = torch.device("cpu")
 CAMEMBERT = ModelShape(layers=12, hidden=768, intermediate=3072, vocab=32005)
@@ -237,6 +237,30 @@ def test_where_nobody_watches_a_logged_step_is_a_line_with_the_time_left(tmp_pat
         writer.training(training_record(7) | {"tokens": 7 * 512, "tokens_per_second": 51.2})
     assert capsys.readouterr().err == ""
     assert caplog.messages == ["step 7 of 10, loss 9.000, 51 tokens/s, 00:30 left"]
+
+
+def test_students_share_one_bar_with_the_loss_of_each(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = StepBar(steps=10, first_step=6)
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    writers = [RunWriter(each, steps=10, first_step=6, bar=bar, student=each.name) for each in folders]
+    writers[0].advance()
+    for number, writer in enumerate(writers):
+        writer.training(training_record(7) | {"loss": float(number)})
+    writers[0].end_bar()
+    shown = capsys.readouterr().err
+    assert "7/10" in shown
+    assert "8/10" not in shown
+    assert "a=0.000, b=1.000, tokens_per_s" in shown
+
+
+def test_where_nobody_watches_a_line_names_its_student(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with RunWriter(tmp_path, steps=10, first_step=6, student="two_layers") as writer:
+        writer.training(training_record(7) | {"tokens": 7 * 512, "tokens_per_second": 51.2})
+    assert caplog.messages == ["two_layers: step 7 of 10, loss 9.000, 51 tokens/s, 00:30 left"]
 
 
 def test_an_open_window_of_a_version_that_knew_fewer_terms_goes_on():

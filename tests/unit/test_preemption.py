@@ -49,6 +49,18 @@ def test_a_single_process_stops_after_the_step_in_which_it_is_asked(requests, tm
     assert only.agreed_now() == only.agreed_after(3)
 
 
+def test_a_file_in_the_folder_of_any_run_that_stops_with_this_one_is_a_request(tmp_path):
+    folders = [tmp_path / name for name in ("one", "two", "three")]
+    for folder in folders:
+        folder.mkdir()
+    world = World("env", 0, 1, 0, 1, "127.0.0.1", 1)
+    only = StopRequest(world, HashStore(), folders[0], {}, beside=folders[1:])
+    assert only.agreed_after(1) is None
+    (folders[2] / "STOP").touch()
+    other = StopRequest(world, HashStore(), folders[0], {}, beside=folders[1:])
+    assert other.agreed_after(2) == f"{folders[2] / 'STOP'} is there"
+
+
 def test_the_file_of_this_slice_is_a_request_too(requests, tmp_path):
     (only,) = requests(1, **{STOP_FILE_VARIABLE: str(tmp_path / "time_is_up.42.0")})
     (tmp_path / "time_is_up.41.0").touch()
