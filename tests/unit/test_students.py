@@ -15,6 +15,7 @@ SHARED = {
     "data.train": ["other.txt"],
     "data.heldout": ["other.txt"],
     "data.seq_len": 64,
+    "data.language_exponent": 0.5,
     "data.fraction": 0.5,
     "data.tokenizer": "another",
     "data.text_field": "body",
@@ -56,12 +57,12 @@ FREE = {
 
 @pytest.fixture
 def recipes(tmp_path, monkeypatch):
-    """Writes a.yaml with no settings but a text, and b.yaml with these besides; gives the words that name them."""
+    """Writes a.yaml with no settings but texts, and b.yaml with these besides; gives the words that name them."""
     monkeypatch.chdir(tmp_path)
 
     def write(**settings):
         for name, more in (("a", {}), ("b", settings)):
-            tree = {"data": {"train": "some.txt"}}
+            tree = {"data": {"train": ["some.txt", "more.txt"]}}
             for dotted, value in more.items():
                 *section, setting = dotted.split(".")
                 (tree.setdefault(section[0], {}) if section else tree)[setting] = value
