@@ -25,8 +25,10 @@ TEACHER = REPOSITORY / "recipes" / "mini" / "teacher"
 BUDGETS = {
     "pos_fr_gsd": ["--epochs", "4", "--teacher_epochs", "6", "--batch", "16", "--lr", "1e-3"],
     "allocine_fr": ["--epochs", "3", "--batch", "16", "--lr", "5e-4", "--max_length", "64"],
-    "piaf_qa": ["--epochs", "3", "--batch", "16", "--lr", "5e-4", "--max_length", "256", "--train_rows", "400"]
-    + ["--split", "dev"],
+    "piaf_qa": [
+        *("--epochs", "3", "--batch", "16", "--lr", "5e-4", "--max_length", "256"),
+        *("--train_rows", "400", "--split", "dev"),
+    ],
 }
 QUICK = ["--train_rows", "48", "--epochs", "1", "--teacher_epochs", "1", "--seeds", "0", "1"]
 
