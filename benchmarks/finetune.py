@@ -24,9 +24,11 @@ TEACHER = REPOSITORY / "recipes" / "mini" / "teacher"
 # Models of this size take ten and twenty times the published learning rate. Rows and lengths are for two CPU cores.
 BUDGETS = {
     "pos_fr_gsd": ["--epochs", "4", "--teacher_epochs", "6", "--batch", "16", "--lr", "1e-3"],
-    "allocine_fr": ["--epochs", "3", "--batch", "16", "--lr", "5e-4", "--max_length", "64"],
-    "piaf_qa": ["--epochs", "3", "--batch", "16", "--lr", "5e-4", "--max_length", "256", "--train_rows", "400"]
-    + ["--split", "dev"],
+    "allocine_fr": ["--epochs", "3", "--batch", "16", "--lr", "5e-4", "--max_length", "64", "--train_rows", "900"],
+    "piaf_qa": [
+        *("--epochs", "3", "--batch", "16", "--lr", "5e-4", "--max_length", "256"),
+        *("--train_rows", "400", "--split", "dev"),
+    ],
 }
 QUICK = ["--train_rows", "48", "--epochs", "1", "--teacher_epochs", "1", "--seeds", "0", "1"]
 

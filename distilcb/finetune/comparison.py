@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 ARMS = ("without", "with")
 _TEACHER_SEED = 0
+_ON_FULL_DISK = "Free some space and run the same command again."
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Comparison:
             output.mkdir(parents=True, exist_ok=True)
             lock = FileLock(output / ".lock", blocking=False)
         try:
-            with lock, writing(output, ConfigError, "Free some space and run the same command again."):
+            with lock:
                 return self._run(output)
         except Timeout as error:
             raise ConfigError(f"{output}: another process works there. Wait for it, or name another folder.") from error
@@ -78,14 +79,20 @@ class Comparison:
                 folder = output / arm / f"seed_{seed}"
                 taught_by = teacher if arm == "with" else None
                 results.setdefault(arm, {})[seed] = self._one(folder, self.student, self.recipe, seed, taught_by, arm)
+            made = self._write_results(output, results)
+        lost = [arm for arm in self.arms if not made["summary"][arm]["seeds"]]
+        if lost:
+            raise TrainingError(f"{output}: no seed of '{lost[0]}' kept a finite loss. Take a smaller --lr.")
+        return made
+
+    def _write_results(self, output: Path, results: dict[str, dict[int, Any]]) -> dict[str, Any]:
+        """The results so far, also as files."""
         found = summary(results, self.subject.columns)
         made: dict[str, Any] = {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": self.settings}
         made |= {"read": self.subject.facts, "results": results, "summary": found}
-        write_durably(output / "results.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
-        write_durably(output / "results.md", as_table(found, self.subject.columns) + "\n")
-        lost = [arm for arm in self.arms if not found[arm]["seeds"]]
-        if lost:
-            raise TrainingError(f"{output}: no seed of '{lost[0]}' kept a finite loss. Take a smaller --lr.")
+        _write(output / "results.json", made)
+        with writing(output, ConfigError, _ON_FULL_DISK):
+            write_durably(output / "results.md", as_table(found, self.subject.columns) + "\n")
         return made
 
     def _teacher(self, folder: Path) -> str | None:
@@ -100,7 +107,7 @@ class Comparison:
             model = self.subject.load(self.teacher, fine_tuned=True)
             trainer = measuring_trainer(self.subject, model, folder)
             figures = self.subject.measure(trainer, folder / "predictions.jsonl")
-            write_durably(folder / "result.json", json.dumps({"figures": figures}, indent=2) + "\n")
+            _write(folder / "result.json", {"figures": figures})
         return self.teacher
 
     def _one(
@@ -123,8 +130,9 @@ class Comparison:
             folder=folder,
             name=arm if arm == "teacher" else f"{arm} soft targets, seed {seed}",
         )
-        result = self._finish(folder, trainer, outcome)
-        write_durably(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        with writing(folder, ConfigError, _ON_FULL_DISK):
+            result = self._finish(folder, trainer, outcome)
+        _write(folder / "result.json", result)
         return result
 
     def _finish(self, folder: Path, trainer: TaskTrainer, outcome: Outcome) -> dict[str, Any]:
@@ -172,13 +180,18 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """
     plain = json.loads(json.dumps(settings))
     if not path.is_file():
-        write_durably(path, json.dumps(plain, indent=2, ensure_ascii=False) + "\n")
+        _write(path, plain)
         return
     there = _read(path)
     names = [name for name in plain | there if plain.get(name) != there.get(name)]
     if names:
         faults = ", ".join(f"{name} {there.get(name)!r} there, {plain.get(name)!r} now" for name in names)
         raise ConfigError(f"{path.parent} holds results of other settings ({faults}). Name another --output.")
+
+
+def _write(path: Path, facts: dict[str, Any]) -> None:
+    with writing(path.parent, ConfigError, _ON_FULL_DISK):
+        write_durably(path, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Models with a task's head, which is new in a student and has learnt the task in a teacher; their tokenizers."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from distilcb.data.tokenizer import TextTokenizer, load_tokenizer
 from distilcb.errors import ConfigError, ModelError, first_line
@@ -51,15 +54,17 @@ def load_for_task(name: str, task: Task | None, *, fine_tuned: bool) -> Any:
 
 def _load(name: str, task: Task, *, fine_tuned: bool) -> Any:
     labels = {} if fine_tuned else _labels_of_head(task)
+    folder = str(model_folder(name))
     try:
-        model, info = _CLASSES[task.kind].from_pretrained(
-            str(model_folder(name)),
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **labels,
-        )
+        with _without_load_report():
+            model, info = _CLASSES[task.kind].from_pretrained(
+                folder,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **labels,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError) as error:
         raise ModelError(
             f"model {name} cannot be read for task {task.name}: {first_line(error)}. Needed: a folder with config.json "
@@ -75,6 +80,17 @@ def _load(name: str, task: Task, *, fine_tuned: bool) -> Any:
     if body:
         raise ModelError(f"model {name} lacks {len(body)} weights below its head, first {body[0]}.")
     return model
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers warns of every new head, which here is as it should be; what is missing else is told as an error."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
 
 
 def _labels_of_head(task: Task) -> dict[str, Any]:
