@@ -14,6 +14,8 @@ NEEDED = {
     "doctor": [],
     "evaluate": ["model", "--output", "out"],
     "export": ["run", "--output", "out"],
+    "finetune": ["--task", "squad", "--data", "rows", "--student", "model", "--output", "out"],
+    "perplexity": ["model", "--text", "a.txt"],
     "plan": ["--gpus", "8", "--gpu", "h100"],
     "prepare": ["--input", "a.txt", "--tokenizer", "model", "--output", "out"],
     "replay": ["run", "--step", "1"],
