@@ -123,7 +123,8 @@ def read_as_it_runs(names: Sequence[str], *, text_field: str = "text") -> Iterat
             for text in _texts(source, text_field, Damage()):
                 try:
                     piece.append(text if isinstance(text, str) else text.decode())
-                except UnicodeDecodeError as error:
+                    piece[-1].encode()  # JSON can spell what is no character
+                except UnicodeError as error:
                     raise DataError(f"{source} is not UTF-8: {error}. Save it as UTF-8.") from error
                 characters += len(piece[-1])
                 if characters >= _PIECE_CHARACTERS:

@@ -33,7 +33,7 @@ class Perplexity:
     @property
     def a_token(self) -> float:
         """What papers call perplexity; it depends on the tokenizer."""
-        return math.exp(self.nll / self.tokens)
+        return math.exp(min(self.nll / self.tokens, 700.0))
 
     @property
     def a_word(self) -> float:

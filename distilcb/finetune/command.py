@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,13 +91,13 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
         size_cpu_threads(discover())
         keep_freed_memory()
     from distilcb.finetune.comparison import Comparison, recipe_facts
-    from distilcb.finetune.models import check_same_tokenizer, longest_sequence
+    from distilcb.finetune.models import check_same_tokenizer, content_of, longest_sequence
     from distilcb.finetune.objective import Weights
     from distilcb.finetune.training import Recipe
 
     teacher = options.teacher or options.teacher_base
     names = [options.student, *([teacher] if teacher else [])]
-    if teacher and "with" in arms:
+    if teacher:
         check_same_tokenizer(options.student, teacher)
     kind = CAUSAL if options.task == CAUSAL else task_named(options.task).kind
     longest = longest_sequence(names, options.max_length or _LENGTHS[kind])
@@ -114,6 +115,10 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
         **{
             name: getattr(options, name) for name in ("alpha_soft", "alpha_hard", "temperature", "stride", "train_rows")
         },
+        # What the names stood for: a folder may hold something else by the time that it is named again.
+        "declared": None if options.task == CAUSAL else asdict(task_named(options.task)),
+        "content": subject.content,
+        "models": {name: content_of(name) for name in names},
         "split": subject.facts.get("split"),
         "max_length": longest,
         "recipe": recipe_facts(recipe),
@@ -146,6 +151,8 @@ def check_options(options: argparse.Namespace) -> tuple[str, ...]:
     asked = options.soft_targets or ("both" if has_teacher else "off")
     if asked != "off" and not has_teacher:
         faults.append(f"--soft_targets {asked} needs --teacher, or --teacher_base to have one fine-tuned")
+    if asked == "off" and options.teacher_base:
+        faults.append("--soft_targets off leaves --teacher_base without a use: leave one of them out")
     if asked != "off" and not options.alpha_soft:
         faults.append("--alpha_soft 0 leaves no soft targets: give more, or --soft_targets off")
     if len(set(options.seeds)) < len(options.seeds):

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from distilcb.engine.checkpoint import write_durably
-from distilcb.errors import ConfigError, TrainingError, writing
+from distilcb.errors import ConfigError, TrainingError, first_line, writing
 from distilcb.finetune.objective import Weights
 from distilcb.finetune.report import as_table, summary
 from distilcb.finetune.subjects import Subject
@@ -60,18 +61,21 @@ class Comparison:
             ConfigError: a folder of other settings, or one in which another process works.
             TrainingError: every seed of an arm ended without a finite loss.
         """
-        with writing(output, ConfigError, "Name another --output."):
-            output.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(output / ".lock", blocking=False)
+        lock = FileLock(output / ".lock", blocking=False)
         try:
-            with lock:
-                return self._run(output)
+            with writing(output, ConfigError, "Name another --output."):
+                output.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
         except Timeout as error:
             raise ConfigError(f"{output}: another process works there. Wait for it, or name another folder.") from error
+        try:
+            return self._run(output)
+        finally:
+            lock.release()
 
     def _run(self, output: Path) -> dict[str, Any]:
         check_settings(output / "settings.json", self.settings)
-        teacher, results = self._teacher(output / "teacher"), {}
+        teacher, results = self._teacher(output / "teacher"), finished(output)
         if teacher is not None:
             results["teacher"] = {_TEACHER_SEED: _read(output / "teacher" / "result.json")}
         for seed in self.seeds:  # seeds outside, so that what is stopped early compares like with like
@@ -103,10 +107,11 @@ class Comparison:
                 raise TrainingError(f"{folder}: the teacher's loss was no number. Take a smaller --teacher_lr.")
             return str(folder / "model")
         if self.teacher is not None and not (folder / "result.json").is_file():
-            folder.mkdir(parents=True, exist_ok=True)
             model = self.subject.load(self.teacher, fine_tuned=True)
-            trainer = measuring_trainer(self.subject, model, folder)
-            figures = self.subject.measure(trainer, folder / "predictions.jsonl")
+            with writing(folder, ConfigError, _ON_FULL_DISK):
+                folder.mkdir(parents=True, exist_ok=True)
+                trainer = measuring_trainer(self.subject, model, folder)
+                figures = self.subject.measure(trainer, folder / "predictions.jsonl")
             _write(folder / "result.json", {"figures": figures})
         return self.teacher
 
@@ -116,7 +121,8 @@ class Comparison:
         """The result of one training; of one that is finished what was kept."""
         if (folder / "result.json").is_file():
             return _read(folder / "result.json")
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder, ConfigError, _ON_FULL_DISK):
+            folder.mkdir(parents=True, exist_ok=True)
         taught_by = self.subject.load(teacher, fine_tuned=True) if teacher else None
         trainer, outcome = train(
             self.subject.kind,
@@ -166,10 +172,23 @@ def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write a model in fp32 and its tokenizer, whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    try:
+        model.save_pretrained(temporary)
+    except SafetensorError as error:  # how it tells of a full disk
+        raise OSError(first_line(error)) from error
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def finished(output: Path) -> dict[str, dict[int, Any]]:
+    """The results that are there by arm and seed, of earlier starts too."""
+    found: dict[str, dict[int, Any]] = {}
+    for arm in ARMS:
+        there = {int(path.parent.name.removeprefix("seed_")): path for path in output.glob(f"{arm}/seed_*/result.json")}
+        if there:
+            found[arm] = {seed: _read(there[seed]) for seed in sorted(there)}
+    return found
 
 
 def check_settings(path: Path, settings: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+import xxhash
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -134,7 +135,32 @@ def tokenizer_for(name: str, task: Task) -> Any:
         # A byte-level one takes a word by itself for the end of another.
         folder = str(model_folder(name, weights=False))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, add_prefix_space=True)
+    within = _pieces(tokenizer, " a chat")
+    if task.kind == "tagging" and within[0].startswith("\u0120") and within != _pieces(tokenizer, ["a", "chat"]):
+        raise ModelError(
+            f"tokenizer {name} ({type(tokenizer).__name__}) takes a word by itself for another than in a text, so "
+            "words cannot be tagged. Set its tokenizer_class in tokenizer_config.json, such as RobertaTokenizer."
+        )
     return tokenizer
+
+
+def _pieces(tokenizer: Any, text: str | list[str]) -> list[str]:
+    ids = tokenizer(text, is_split_into_words=isinstance(text, list), add_special_tokens=False)["input_ids"]
+    return tokenizer.convert_ids_to_tokens(ids)
+
+
+def content_of(name: str) -> str:
+    """A hash of a model's configuration and weights, as they lie in its folder."""
+    digest = xxhash.xxh3_128()
+    folder = model_folder(name)
+    for path in sorted(
+        path for path in folder.iterdir() if path.name == "config.json" or path.suffix == ".safetensors"
+    ):
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            while part := stream.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def check_same_tokenizer(student: str, teacher: str) -> None:
@@ -143,7 +169,7 @@ def check_same_tokenizer(student: str, teacher: str) -> None:
     if one != other:
         raise ConfigError(
             f"teacher {teacher} has another tokenizer than student {student}: its targets are of other tokens. Take a "
-            "teacher and a student of one vocabulary, or --soft_targets off."
+            "teacher and a student of one vocabulary; without a teacher the student is fine-tuned on labels alone."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, default_data_collator
 
 from distilcb.data.blocks import Blocks, BlockSource, check_fits
@@ -42,12 +43,14 @@ class Subject(Protocol):
         kind: a key of objective.OBJECTIVES.
         columns: names of its figures, the subject's own first.
         facts: what was read, for results.json.
+        content: what tells these rows or this text from others.
         tokenizer: Hugging Face's, saved beside each model.
     """
 
     kind: str
     columns: tuple[str, ...]
     facts: dict[str, Any]
+    content: str
     data: Any
     collate: Collate
     tokenizer: Any
@@ -83,6 +86,7 @@ class LabelledTask:
         training = encode(rows.read(task, "train", limit=train_rows), task, self.tokenizer, **lengths)
         self.heldout = encode(rows.read(task, split), task, self.tokenizer, **lengths)
         self.data = training.features
+        self.content = _hash_of(json.dumps([training.rows, self.heldout.rows], ensure_ascii=False).encode())
         self.facts = {"split": split, "max_length": max_length, "train": training.figures} | {
             "heldout": self.heldout.figures
         }
@@ -137,6 +141,9 @@ class NextWords:
         )
         self.data = NextWordRows(self.training, NextToken(words.vocabulary, max_length))
         self.collate: Collate = default_data_collator
+        counts = [blocks.token_counts.tobytes() for blocks in (self.training, self.heldout)]
+        ends = [blocks.read(np.array([0, len(blocks) - 1])).tobytes() for blocks in (self.training, self.heldout)]
+        self.content = _hash_of(b"".join(counts + ends))
         self.facts = {"max_length": max_length, "train": {"sequences": len(self.training)}} | {
             "heldout": {"sequences": len(self.heldout)}
         }
@@ -154,6 +161,10 @@ class NextWords:
         device = trainer.args.device
         found = evaluate(model, None, family, batches, maskings=_TEXT_PARTS, device=device)["student"]
         return {"perplexity": found["perplexity"], "loss": found["clm_loss"]}
+
+
+def _hash_of(data: bytes) -> str:
+    return xxhash.xxh3_128(data).hexdigest()
 
 
 def packed(names: Sequence[str], words: TextTokenizer, seq_len: int, cache: Path) -> Blocks:

@@ -108,7 +108,7 @@ def arguments(recipe: Recipe, *, seed: int, folder: Path, sequences: int) -> Tra
         per_device_eval_batch_size=_EVALUATED_AT_A_TIME,
         learning_rate=recipe.lr,
         lr_scheduler_type="linear",
-        warmup_steps=recipe.warmup,
+        warmup_steps=math.ceil(recipe.warmup * steps),
         weight_decay=0.0,
         max_grad_norm=recipe.clip,
         seed=seed,

@@ -56,6 +56,8 @@ class Task:
         known = METRICS.get(self.kind, self.metrics)
         if not self.metrics or set(self.metrics) - set(known):
             faults.append(f"metrics={list(self.metrics)}, needed some of {', '.join(known)}")
+        elif "binary_f1" in self.metrics and len(self.labels) != 2:
+            faults.append(f"metrics={list(self.metrics)}: binary_f1 is of two labels, there are {len(self.labels)}")
         if self.language not in ("en", "fr"):
             faults.append(f"language={self.language}, needed en or fr")
         if faults:
@@ -159,6 +161,21 @@ def read_task(path: Path) -> Task:
     if not isinstance(facts, dict) or set(facts) - set(names) or set(needed) - set(facts):
         came = sorted(map(str, facts)) if isinstance(facts, dict) else type(facts).__name__
         raise ConfigError(f"{path}: came {came}, needed {', '.join(needed)}, and of {', '.join(names)} what is wanted.")
-    lists = {name: tuple(map(str, facts[name])) for name in ("texts", "metrics", "labels") if name in facts}
+    faults = [_fault_of_value(name, value) for name, value in facts.items()]
+    if any(faults):
+        raise ConfigError(f"{path}: {'; '.join(filter(None, faults))}.")
+    lists = {name: tuple(facts[name]) for name in _LISTS if name in facts}
     values: dict[str, Any] = {"name": path.stem} | facts | lists
     return Task(**values)
+
+
+_LISTS = ("texts", "metrics", "labels")
+
+
+def _fault_of_value(name: str, value: Any) -> str | None:
+    """What is wrong with a value of a YAML file; YAML takes an unquoted yes, no, on and off for true and false."""
+    is_list = name in _LISTS
+    if isinstance(value, list) == is_list and all(isinstance(each, str) for each in (value if is_list else [value])):
+        return None
+    needed = "a list of texts, such as [one, two]" if is_list else "a text"
+    return f"{name}={value!r}, needed {needed}; put quotes around numbers, yes, no, on and off"

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ Row = dict[str, Any]
 
 SPLITS = ("train", "dev", "test")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
+# JSON can spell these ("\\ud83d"), and no tokenizer takes one.
+_NO_CHARACTER = re.compile("[\ud800-\udfff]")
 _HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 
 
@@ -78,6 +81,8 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
 def _hub_rows(task: Task, name: HubDataset, split: str) -> Iterator[tuple[str, Row]]:
     rows = replace(name, split=_HUB_SPLITS[split]).load()
     names = _class_names(rows.features.get(task.target))
+    if names == [str(number) for number in range(len(names))]:
+        names = []  # they say no more than the numbers
     for number, row in enumerate(rows, 1):
         if names:
             row = row | {task.target: _as_names(row[task.target], names)}
@@ -116,6 +121,10 @@ def checked(task: Task, row: Any, *, where: str) -> Row:
         if not isinstance(value, wanted) or (wanted is list and not all(isinstance(word, str) for word in value)):
             needed = "a list of words" if wanted is list else "text"
             raise DataError(f"{where}: '{name}' holds {type(value).__name__}, needed {needed}.")
+        if value == []:
+            raise DataError(f"{where}: '{name}' holds no word. Leave the row out.")
+        if _NO_CHARACTER.search("".join(value)):
+            raise DataError(f"{where}: '{name}' holds half a character (a lone surrogate). Mend or leave out the row.")
     return texts | {task.target: _target(task, row[task.target], texts, where)}
 
 

@@ -146,6 +146,19 @@ def test_a_folder_of_other_settings_is_left_alone(commands, compared):
     assert_refused(commands.python("finetune", *words, "--lr", 1e-4), "'lr': 0.001", "'lr': 0.0001")
 
 
+def test_later_seeds_join_the_earlier_ones_and_changed_rows_do_not(commands, student, tmp_path):
+    data = write(tmp_path / "rows", review)
+    words = ["--task", "allocine_fr", "--data", data, "--student", student, "--epochs", 1, "--output", tmp_path / "out"]
+    for seed in (0, 2):
+        ended = commands.python("finetune", *words, "--seeds", seed)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert results(tmp_path / "out")["summary"]["without"]["seeds"] == [0, 2]
+    assert sorted(results(tmp_path / "out")["results"]["without"]) == ["0", "2"]
+    rows = data / "train.jsonl"
+    rows.write_text(rows.read_text(encoding="utf-8").replace('"label": 1', '"label": 0', 1), encoding="utf-8")
+    assert_refused(commands.python("finetune", *words, "--seeds", 3), "content", "Name another --output")
+
+
 def test_a_teacher_that_was_fine_tuned_here_serves_another_start(commands, compared, student, tmp_path):
     words, output, _ = compared
     data = words[words.index("--data") + 1]

@@ -41,6 +41,16 @@ def test_a_file_declares_a_task(tmp_path):
         (OWN.replace("[title, body]", "[a, b, c]"), "classification reads 1 or 2"),
         (OWN.replace("labels: [sport, law]\n", ""), "labels=[]"),
         (OWN.replace("law]", "sport]"), "one stands there twice"),
+        (OWN.replace("[title, body]", "null"), "texts=None, needed a list of texts"),
+        (OWN.replace("[title, body]", "title"), "texts='title', needed a list of texts"),
+        (OWN.replace("[accuracy]", "3"), "metrics=3, needed a list of texts"),
+        (OWN.replace("classification", "[classification]"), "kind=['classification'], needed a text"),
+        (OWN.replace("topic", "[topic]", 1), "target=['topic'], needed a text"),
+        (OWN.replace("[sport, law]", "[yes, no]"), "put quotes around numbers, yes, no"),
+        (
+            OWN.replace("[accuracy]", "[binary_f1]").replace("law]", "law, art]"),
+            "binary_f1 is of two labels, there are 3",
+        ),
     ],
 )
 def test_a_file_that_declares_none_says_what_is_needed(tmp_path, text, told):

@@ -68,3 +68,7 @@ def test_figures_by_hand():
     assert found.a_token == pytest.approx(8)
     assert found.a_word == pytest.approx(64)
     assert found.bits_a_character == pytest.approx(1)
+
+
+def test_a_model_that_knows_nothing_has_a_figure_too():
+    assert Perplexity(nll=8000.0, tokens=10, words=3, characters=30).a_token > 1e300

@@ -71,3 +71,7 @@ def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes("\u00e9t\u00e9".encode("latin-1"))
     with pytest.raises(DataError, match=r"a\.txt is not UTF-8"):
         list(read_as_it_runs([str(tmp_path / "a.txt")]))
+    for line in (b'{"text": "caf\xe9"}', b'{"text": "x \\ud83d y"}'):
+        (tmp_path / "b.jsonl").write_bytes(line)
+        with pytest.raises(DataError, match=r"b\.jsonl is not UTF-8"):
+            list(read_as_it_runs([str(tmp_path / "b.jsonl")]))

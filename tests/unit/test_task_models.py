@@ -1,17 +1,21 @@
 """Models with a task's head: what is loaded, and what is refused."""
 
+import json
 import logging
 import shutil
 
 import pytest
 import torch
+from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     AutoConfig,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
+    RobertaTokenizer,
 )
 
 from distilcb.errors import ConfigError, ModelError
@@ -119,6 +123,24 @@ def test_another_tokenizer_is_refused(tiny, tmp_path):
 
 def test_a_tokenizer_for_a_task_knows_characters(tiny):
     assert tokenizer_for(tiny, NAMES).is_fast
+
+
+@pytest.mark.parametrize("kind", ["RobertaTokenizer", "PreTrainedTokenizerFast"])
+def test_words_to_tag_are_read_as_in_a_text_or_refused(tmp_path, kind):
+    made = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    made.train_from_iterator(["Marie habite a Lyon un chat"] * 9, 300, special_tokens=special, show_progress=False)
+    facts = json.loads(made.to_str())["model"]
+    merges = [tuple(pair) for pair in facts["merges"]]
+    RobertaTokenizer(vocab=facts["vocab"], merges=merges).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": kind}))
+    if kind == "RobertaTokenizer":
+        ids = tokenizer_for(str(tmp_path), NAMES)(["Marie", "Lyon"], is_split_into_words=True)["input_ids"]
+        assert ids == AutoTokenizer.from_pretrained(tmp_path)(" Marie Lyon")["input_ids"]
+    else:
+        with pytest.raises(ModelError, match="takes a word by itself for another than in a text"):
+            tokenizer_for(str(tmp_path), NAMES)
 
 
 def test_sequences_are_as_long_as_every_model_has_positions_for(tiny):

@@ -90,6 +90,28 @@ def test_a_faulty_row_is_named_by_file_and_line(tmp_path, fault):
     assert told in str(refused.value)
 
 
+def test_half_a_character_is_no_text(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"text": "abc \\ud83d", "label": 0}\n')
+    with pytest.raises(DataError, match=r"line 1: 'text' holds half a character"):
+        TaskRows(str(tmp_path)).read(TASKS["allocine_fr"], "test")
+
+
+def test_a_row_without_words_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"line 1: 'tokens' holds no word"):
+        write(tmp_path, "test", [{"tokens": [], "tags": []}]).read(TASKS["ner_fr"], "test")
+
+
+def test_labels_of_the_hub_that_are_digits_are_numbers(tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["0", "1"])})
+    made = datasets.Dataset.from_list([{"text": "a", "label": number} for number in (1, 0)], features=features)
+    (tmp_path / "set").mkdir()
+    made.to_parquet(tmp_path / "set" / "validation.parquet")
+    rows = TaskRows(f"hub:{tmp_path / 'set'}").read(TASKS["allocine_fr"], "dev")
+    assert [row["label"] for row in rows] == [1, 0]
+
+
 def test_a_split_that_is_not_there_says_where_it_was_looked_for(tmp_path):
     with pytest.raises(
         DataError, match=r"no rows of 'dev'. Needed: a folder with dev.jsonl, dev.jsonl.gz, or hub:NAME"
