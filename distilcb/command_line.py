@@ -85,13 +85,23 @@ def parse_command_lines(words: Sequence[str]) -> list[CommandLine]:
     above = Path(known.run_dir or "runs").absolute()
     run_dirs = {name: above / recipe.stem for name, recipe in recipes.items()}
     if known.print_run_dir:
-        undone = [run_dir for run_dir in run_dirs.values() if not (run_dir / "DONE").exists()]
-        print((undone or list(run_dirs.values()))[-1])
+        print(_last_to_be_done(list(run_dirs.values())))
         raise SystemExit(0)
     return [
         CommandLine(config, recipes[name], run_dirs[name], known.fresh, False, tuple(words))
         for name, config in configs.items()
     ]
+
+
+def _last_to_be_done(run_dirs: Sequence[Path]) -> Path:
+    """Of students that are trained together the folder that tells how far all are: the last that is furthest back."""
+    undone = [run_dir for run_dir in run_dirs if not (run_dir / "DONE").exists()] or list(run_dirs)
+
+    def saved_step(run_dir: Path) -> int:
+        latest = run_dir / "checkpoints" / "latest"
+        return int(re.sub(r"\D", "", latest.read_text(encoding="utf-8")) or 0) if latest.is_file() else 0
+
+    return min(reversed(undone), key=saved_step)
 
 
 def _resolve(known: argparse.Namespace, recipe: Path, faults: list[str]) -> Config:
@@ -134,7 +144,7 @@ def _options_of_one_recipe(known: argparse.Namespace) -> list[str]:
         faults.append("--dry_run takes one student: --recipe FILE in the place of --students.")
     files: dict[str, list[str]] = {}
     for name in known.students:
-        files.setdefault(Path(name).stem, []).append(name)
+        files.setdefault(Path(name).resolve().stem, []).append(name)
     for stem, names in files.items():
         if len(names) > 1:
             faults.append(
@@ -179,7 +189,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", metavar="FILE", help="YAML recipe (default: recipes/mini.yaml)")
     parser.add_argument(
-        "--students", nargs="+", metavar="FILE", help="recipes of students that learn from the same passes of a teacher"
+        "--students",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="recipes of students that learn from the same passes of a teacher",
     )
     parser.add_argument(
         "--run_dir", help="run folder (default: runs/<the recipe's name>); with --students the folder above theirs"

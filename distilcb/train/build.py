@@ -91,6 +91,7 @@ class Run:
     siblings: the run folders of all that are trained together, this one's among them, also those that are DONE.
     writer: on rank zero, while it trains.
     window: the open window of logging, while it trains.
+    saved_step: that of its newest checkpoint.
     """
 
     config: Config
@@ -110,6 +111,7 @@ class Run:
     siblings: tuple[RunFolder, ...] = ()
     writer: RunWriter | None = None
     window: Window | None = None
+    saved_step: int = 0
 
     @property
     def student(self) -> Any:
@@ -170,13 +172,29 @@ def build_together(commands: Sequence[CommandLine]) -> list[Run]:
         "text": text.contents,
         "deepspeed": deepspeed_config.state_layout(place.settings),
     }
-    begun = [
-        _begin(start.command, place, start.folder, start.state, models, facts)
-        for start, models in zip(starts, all_models, strict=True)
-    ]
+    begun = _begin_all(starts, all_models, place, facts)
     heldout = _heldout_batches(config, place.world, tokenizer, text.heldout) if text.heldout else None
     shared = _Shared(place, folders, text.train, heldout, *watched(place, folders, config))
     return [_wire(*each, shared) for each in zip(starts, all_models, begun, strict=True)]
+
+
+def _begin_all(
+    starts: Sequence[_Start], all_models: Sequence[Models], place: Place, facts: dict[str, Any]
+) -> list[tuple[Checkpoints, Checkpoint | None]]:
+    """Each student's `_begin`: those that go on first, so that one that is refused leaves no new folder behind."""
+    if len(starts) > 1:
+        folders, keep = (
+            [start.folder.path for start in starts],
+            max(s.command.config.train.keep_checkpoints for s in starts),
+        )
+        parameters = sum(each.numel() for models in all_models for each in models.student.parameters())
+        on_main(lambda: check_free_disk(*folders, parameters=parameters, keep=keep))
+    pairs = list(zip(starts, all_models, strict=True))
+    begun = {
+        start.folder.path: _begin(start.command, place, start.folder, start.state, models, facts)
+        for start, models in sorted(pairs, key=lambda pair: pair[0].state is RunState.NEW)
+    }
+    return [begun[start.folder.path] for start in starts]
 
 
 @dataclass(frozen=True)
@@ -199,6 +217,7 @@ def _wire(start: _Start, models: Models, begun: tuple[Checkpoints, Checkpoint | 
     engine, stepper, micro_batches, counts = wire_stepper(
         config, place, models, shared.blocks, load_universal=universal, name=name
     )
+    progress = _restore(checkpoints, newest, engine, place.world, start.state)
     return Run(
         config=config,
         place=place,
@@ -209,12 +228,13 @@ def _wire(start: _Start, models: Models, begun: tuple[Checkpoints, Checkpoint | 
         micro_batches=micro_batches,
         heldout=shared.heldout,
         checkpoints=checkpoints,
-        progress=_restore(checkpoints, newest, engine, place.world, start.state),
+        progress=progress,
         counts=counts,
         stop=shared.stop,
         watchdog=shared.watchdog,
         name=name,
         siblings=shared.siblings,
+        saved_step=progress.step,
     )
 
 
@@ -222,8 +242,9 @@ def _find_undone(commands: Sequence[CommandLine], folders: Sequence[RunFolder], 
     """The runs that are not done; none where one of them is not to go on."""
     pairs = list(zip(commands, folders, strict=True))
     states = on_main(lambda: [folder.look(command) for command, folder in pairs])
-    for folder, state in zip(folders, states, strict=True):
-        if state is RunState.STOPPED:
+    stopped = on_main(lambda: [folder.stop.exists() for folder in folders]) if len(folders) > 1 else [False]
+    for folder, state, holds_stop in zip(folders, states, stopped, strict=True):
+        if state is RunState.STOPPED or holds_stop:  # one in a folder that is DONE is meant for the others
             log.info("%s is there: not starting. Remove it to go on.", folder.stop)
             return []
     starts = []

@@ -84,6 +84,9 @@ def _take_steps(runs: Sequence[Run]) -> str | None:
         for run in learning:
             run.window = run.window or _restored_window(run)
         if reason := _look_where_owed(learning):
+            for run in learning:  # some may stand at the checkpoint that they came from, others further
+                if run.progress.step != run.saved_step:
+                    _save(run)
             return reason
         results = step_together([run.stepper for run in learning], step, behind.batches)
         for run, result in zip(learning, results, strict=True):
@@ -279,6 +282,7 @@ def _save(run: Run) -> None:
     if run.writer:
         run.writer.sync()
     run.checkpoints.save(run.engine, step=progress.step, world_size=world.size, state=state)
+    run.saved_step = progress.step
 
 
 def _restored_window(run: Run) -> Window:
@@ -375,6 +379,8 @@ def _last_screen_of_all(folders: Sequence[RunFolder]) -> str:
     """Of students that were trained together, all of them DONE."""
     rows: dict[str, Any] = {}
     for folder in folders:
+        if not folder.summary.is_file():  # somebody has taken it away since that one was DONE
+            continue
         heldout = folder.read_summary()["heldout"]
         rows |= {"teacher": heldout["teacher"]} if "teacher" in heldout else {}
         rows |= {f"{folder.path.name}, end": heldout["student"]} if "student" in heldout else {}

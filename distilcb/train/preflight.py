@@ -113,30 +113,32 @@ def layout_faults(world: World, hosts: Mapping[str, int], gpus: str) -> list[str
     return []
 
 
-def check_free_disk(run_dir: Path, *, parameters: int, keep: int) -> None:
-    """See that the disk of a run folder has room for checkpoints and the student. For rank zero.
+def check_free_disk(*run_dirs: Path, parameters: int, keep: int) -> None:
+    """See that the disk of a run folder, or of several beside each other, has room for checkpoints. For rank zero.
 
     A quota cannot be seen from here.
 
     Args:
-        parameters: of the student.
+        parameters: of the student, or of all together.
         keep: checkpoints that stay; one more is there while it is written.
 
     Raises:
         CheckpointError: not even for one.
     """
     one = parameters * _BYTES_A_PARAMETER
-    free = shutil.disk_usage(nearest_folder(run_dir)).free
-    held = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file()) if run_dir.is_dir() else 0
+    free = shutil.disk_usage(nearest_folder(run_dirs[0])).free
+    files = (path for run_dir in run_dirs for path in run_dir.rglob("*"))  # of a folder that is not there none
+    held = sum(path.stat().st_size for path in files if path.is_file())
+    where = ", ".join(map(str, run_dirs))
     if free < one:
         raise CheckpointError(
-            f"{run_dir}: {free / _GIB:.2f} GiB are free on its disk, and one checkpoint of {parameters:,} parameters "
+            f"{where}: {free / _GIB:.2f} GiB are free on its disk, and one checkpoint of {parameters:,} parameters "
             f"needs {one / _GIB:.2f}. Free some, or give a --run_dir elsewhere."
         )
     if free + held < one * (keep + 1):
         log.warning(
             "%s: %.1f GiB are free, and %d checkpoints need %.1f: free some, or lower train.keep_checkpoints",
-            *(run_dir, free / _GIB, keep + 1, one * (keep + 1) / _GIB),
+            *(where, free / _GIB, keep + 1, one * (keep + 1) / _GIB),
         )
 
 

@@ -1,6 +1,7 @@
 """Several recipes for one start: what they may differ in, and what each becomes."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -8,6 +9,7 @@ import yaml
 from distilcb.command_line import parse_command_line, parse_command_lines
 from distilcb.config import FREE_AMONG_STUDENTS, Config, flatten
 from distilcb.errors import ConfigError
+from distilcb.train import loop
 
 SHARED = {
     "teacher.model": "another",
@@ -205,3 +207,61 @@ def test_the_run_folder_that_is_printed_is_done_last(recipes, tmp_path, capsys):
             parse_command_lines(words)
         shown.append(Path(capsys.readouterr().out.strip()).name)
     assert shown == ["b", "a", "b"]
+
+
+def test_the_run_dir_that_is_printed_tells_how_far_all_are(recipes, tmp_path, capsys):
+    """A batch file looks there for a step that was saved, and for DONE."""
+
+    def printed():
+        with pytest.raises(SystemExit):
+            parse_command_lines([*recipes(), "--print_run_dir"])
+        return Path(capsys.readouterr().out.strip()).name
+
+    for name, step in (("a", 4), ("b", 500)):
+        latest = tmp_path / "runs" / name / "checkpoints" / "latest"
+        latest.parent.mkdir(parents=True)
+        latest.write_text(f"step_{step:08d}\n")
+    assert printed() == "a"  # it alone takes steps until it is as far as b
+    (tmp_path / "runs" / "a" / "checkpoints" / "latest").write_text("step_00000500\n")
+    assert printed() == "b"  # which is finished last
+    (tmp_path / "runs" / "b" / "DONE").touch()
+    assert printed() == "a"
+
+
+def test_recipes_named_one_after_the_other_are_all_taken(recipes):
+    recipes()
+    assert len(parse_command_lines(["--students", "a.yaml", "--students", "b.yaml"])) == 2
+
+
+def test_two_names_of_one_recipe_have_one_run_folder_and_are_refused(recipes, tmp_path):
+    words = recipes()
+    (tmp_path / "b.yaml").unlink()
+    (tmp_path / "b.yaml").symlink_to("a.yaml")
+    assert "one run folder, a, for 2 recipes" in refusal(words)
+
+
+def test_what_was_trained_is_saved_where_a_stop_comes_in_an_evaluation_that_another_student_owes(monkeypatch):
+    """A was behind and has caught up with B, which came from a checkpoint at which it owed its evaluation."""
+    stop = SimpleNamespace(asked=None, agreed_after=lambda step: None)
+    stop.agreed_now = lambda: stop.asked
+
+    def run(name, step, owes):
+        train = SimpleNamespace(steps=100, save_every=50, log_every=100, eval_every=10)
+        progress = SimpleNamespace(step=step, owes_evaluation=owes, window=None, seconds=0.0)
+        place = SimpleNamespace(device="cpu", world=SimpleNamespace(rank=0, size=1))
+        facts = {"name": name, "progress": progress, "config": SimpleNamespace(train=train), "stop": stop}
+        facts |= {"place": place, "heldout": True, "saved_step": step, "stepper": name}
+        return SimpleNamespace(**facts, writer=None, batches=None, window=None)
+
+    def evaluate(run, *_):
+        if run.name == "b":
+            stop.asked = "SIGTERM came"
+            raise loop.InterruptedEvaluation
+
+    saved = []
+    result = SimpleNamespace(sums=0, skipped=0, data_wait_seconds=0.0)
+    monkeypatch.setattr(loop, "step_together", lambda steppers, *_: [result for _ in steppers])
+    monkeypatch.setattr(loop, "_evaluate", evaluate)
+    monkeypatch.setattr(loop, "_save", lambda run: saved.append((run.name, run.progress.step)))
+    assert loop._take_steps([run("a", 0, False), run("b", 10, True)]) == "SIGTERM came"
+    assert saved == [("a", 10)]
