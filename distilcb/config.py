@@ -422,7 +422,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"{sorted(twice)} written twice", node.start_mark)
+            second = [node.value[place][0].start_mark for place, key in enumerate(keys) if str(key) in twice][-1]
+            raise yaml.constructor.ConstructorError(None, None, f"{sorted(twice)} written twice", second)
         return super().construct_mapping(node, deep)
 
 

@@ -87,7 +87,8 @@ def evaluate_models(
             rank=world.rank,
             world_size=world.size,
         )
-        log.info("%s: %d blocks of %d tokens under %d maskings", name, len(blocks), seq_len, maskings)
+        how = "in %d parts; launch/perplexity.py scores running text" if family.causal else "under %d maskings"
+        log.info(f"%s: %d blocks of %d tokens {how}", name, len(blocks), seq_len, maskings)
         figures = evaluate(model, taught_by, family, batches, maskings=maskings, device=device())
         found |= {"teacher": figures["teacher"]} if "teacher" in figures else {}
         found[shown[name]] = figures["student"]

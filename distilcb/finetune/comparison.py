@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from distilcb.config import flatten
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import ConfigError, TrainingError, first_line, writing
 from distilcb.finetune.objective import Weights
@@ -201,10 +202,10 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         _write(path, plain)
         return
-    there = _read(path)
-    names = [name for name in plain | there if plain.get(name) != there.get(name)]
+    there, now = flatten(_read(path)), flatten(plain)
+    names = [name for name in now | there if now.get(name) != there.get(name)]
     if names:
-        faults = ", ".join(f"{name} {there.get(name)!r} there, {plain.get(name)!r} now" for name in names)
+        faults = ", ".join(f"{name} {there.get(name)!r} there, {now.get(name)!r} now" for name in names)
         raise ConfigError(f"{path.parent} holds results of other settings ({faults}). Name another --output.")
 
 

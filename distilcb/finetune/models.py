@@ -178,5 +178,5 @@ def longest_sequence(names: list[str], asked: int) -> int:
     configs = {name: load_config(name) for name in names}
     longest = min([asked, *(family_of(config, where=name).max_seq_len(config) for name, config in configs.items())])
     if longest < asked:
-        log.info("--max_length %d: sequences of %d tokens, for which there are positions", asked, longest)
+        log.info("sequences are cut to %d tokens in place of %d: the models have no more positions", longest, asked)
     return longest

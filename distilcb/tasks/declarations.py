@@ -159,8 +159,13 @@ def read_task(path: Path) -> Task:
     names = [field.name for field in fields(Task) if field.name != "name"]
     needed = ["kind", "texts", "target", "metrics"]
     if not isinstance(facts, dict) or set(facts) - set(names) or set(needed) - set(facts):
-        came = sorted(map(str, facts)) if isinstance(facts, dict) else type(facts).__name__
-        raise ConfigError(f"{path}: came {came}, needed {', '.join(needed)}, and of {', '.join(names)} what is wanted.")
+        came = facts if isinstance(facts, dict) else {}
+        unknown = ", ".join(map(str, set(came) - set(names))) or "none"
+        missing = ", ".join(name for name in needed if name not in came) or "none"
+        raise ConfigError(
+            f"{path}: came {type(facts).__name__}; unknown: {unknown}; missing: {missing}. Needed: {', '.join(needed)}"
+            f"; where they are wanted {', '.join(name for name in names if name not in needed)}."
+        )
     faults = [_fault_of_value(name, value) for name, value in facts.items()]
     if any(faults):
         raise ConfigError(f"{path}: {'; '.join(filter(None, faults))}.")

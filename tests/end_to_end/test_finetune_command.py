@@ -143,7 +143,7 @@ def test_a_folder_of_other_settings_is_left_alone(commands, compared):
     assert_refused(
         commands.python("finetune", *words, "--temperature", 3), "temperature 2.0 there, 3.0 now", "another --output"
     )
-    assert_refused(commands.python("finetune", *words, "--lr", 1e-4), "'lr': 0.001", "'lr': 0.0001")
+    assert_refused(commands.python("finetune", *words, "--lr", 1e-4), "recipe.lr 0.001 there, 0.0001 now")
 
 
 def test_later_seeds_join_the_earlier_ones_and_changed_rows_do_not(commands, student, tmp_path):

@@ -32,10 +32,13 @@ def test_a_file_declares_a_task(tmp_path):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("kind: classification\ntexts: [text]\n", "needed kind, texts, target, metrics"),
+        (
+            "kind: classification\ntexts: [text]\n",
+            "missing: target, metrics. Needed: kind, texts, target, metrics; where they are wanted labels, language",
+        ),
         ("- kind\n", "came list"),
         ("kind: [", "cannot be read"),
-        (OWN + "colour: red\n", "colour"),
+        (OWN + "colour: red\n", "unknown: colour; missing: none"),
         (OWN.replace("classification", "sorting"), "kind=sorting"),
         (OWN.replace("accuracy", "bleu"), "metrics=['bleu'], needed some of accuracy"),
         (OWN.replace("[title, body]", "[a, b, c]"), "classification reads 1 or 2"),
