@@ -97,9 +97,11 @@ class LabelledTask:
         self.collate: Collate = collator(self.tokenizer)
 
     def load(self, name: str, *, fine_tuned: bool) -> Any:
+        """A model with the task's head; raises ModelError as `load_for_task`."""
         return load_for_task(name, self.task, fine_tuned=fine_tuned)
 
     def measure(self, trainer: TaskTrainer, predicted: Path | None) -> Figures:
+        """The task's metrics in hundredths on the held-out rows; a line of JSON a row goes into `predicted`."""
         said = trainer.predict(self.heldout.features).predictions
         given, right = predictions(self.task, self.heldout, said), gold(self.task, self.heldout.rows)
         if predicted is not None:
@@ -149,6 +151,7 @@ class NextWords:
         }
 
     def load(self, name: str, *, fine_tuned: bool) -> Any:
+        """A causal language model; raises ModelError as `load_for_task`."""
         return load_for_task(name, None, fine_tuned=fine_tuned)
 
     def measure(self, trainer: TaskTrainer, predicted: Path | None) -> Figures:
