@@ -2,7 +2,7 @@
 # make test    every test but those on Slurm
 # make test-slurm  installs a real Slurm if it is missing (as root, Debian), and tests jobs on it
 # make torture a run of four ranks, killed a hundred times
-# make check   format, lint, types
+# make check   format, lint, types, every test can be collected
 # make install the environment alone
 
 PYTHON ?= python3
@@ -40,6 +40,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest --collect-only --quiet --quiet --no-header
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
