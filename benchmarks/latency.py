@@ -14,9 +14,10 @@ from side_by_side import medians, parser_of, table, tell
 from transformers import AutoConfig, AutoModel
 
 from distilcb import distributed
-from distilcb.config import REPOSITORY, load_recipe
+from distilcb.config import REPOSITORY
 from distilcb.errors import ConfigError
 from distilcb.models.families import FAMILIES, family_of
+from distilcb.recipe import load_recipe
 
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1, "pad_token_id": 1}
 # What the teachers' config.json say.

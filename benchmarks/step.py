@@ -7,10 +7,11 @@ benchmarks/original_loop.py says what the baseline is. The share of a matrix pro
 device multiplies (tokens, 768) x (768, 3072) in the same precision, in the same run.
 """
 
+import argparse
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -90,36 +91,68 @@ class Ours:
         )
         self.steps, self.tokens = 0, size * case.length
 
-    def step(self, *, kl_positions: str = "attended") -> tuple[int, int]:
-        """One optimizer step, whose losses are not read; its tokens, none of them padding."""
+    def learn_at(self, kl_positions: str) -> None:
+        """Take kl there from now on."""
         loss = replace(self.stepper.loss, kl_positions=kl_positions)
         self.stepper.loss = self.engine.module.loss = loss
         self.stepper.coefficients = coefficients(loss, self.counts, world_size=self.stepper.cut.world_size)
+
+    def step(self, *, kl_positions: str = "attended") -> tuple[int, int]:
+        """One optimizer step, whose losses are not read; its tokens, none of them padding."""
+        self.learn_at(kl_positions)
         self.stepper.step(self.steps, self.batches)
         self.steps += 1
         return self.tokens, self.tokens
 
 
-def main(words: list[str]) -> None:
-    parser = parser_of(__doc__ or "")
-    parser.add_argument(
-        "--cases", default="real,mini", help="of real, real_128, real_512, mini, first (default: real,mini)"
-    )
-    parser.add_argument("--rounds", type=int, help="turns of each contender (default: 5, with --quick 1)")
-    parser.add_argument("--profile", type=Path, help="write a trace of one step of ours there, for chrome://tracing")
+@dataclass(frozen=True)
+class Session:
+    """What the benchmarks of a step are asked for, and the ranks that take it."""
+
+    options: argparse.Namespace
+    config: Config
+    place: Place
+    rounds: int
+    cases: list[Case]
+    figures: dict[str, Any]
+
+    def end(self, title: str, parts: list[str], command: str) -> None:
+        """Tell the cases' tables on rank zero, and part."""
+        if self.place.world.is_main:
+            tell(title, "\n\n".join(parts), self.figures, self.options, command)
+        distributed.stop()
+
+
+def begin(parser: argparse.ArgumentParser, words: list[str], *, names: str, rounds: int, quick: int) -> Session:
+    """Read a command line of options and settings, and meet the other ranks.
+
+    Args:
+        names: the cases, where none are named.
+        rounds: of a measurement, where no number is given; quick: with --quick.
+    """
+    known = "of real, real_128, real_512, mini, first"
+    parser.add_argument("--cases", default=names, help=f"{known} (default: {names})")
+    parser.add_argument("--rounds", type=int, help=f"turns of each contender (default: {rounds}, with --quick {quick})")
     parser.add_argument("--local_rank", help="set by launchers")
     options, settings = parser.parse_known_args(words)
     command = parse_command_line([*recipe_words(), *settings])
     place = take_place(command)
-    on_cuda = place.device.type == "cuda"
-    figures: dict[str, Any] = {"precision": place.precision}
-    rounds = options.rounds or (1 if options.quick else 5)
-    parts = []
-    for case in cases(options.cases, on_cuda=on_cuda, quick=options.quick):
-        contenders = contenders_of(case, command.config, place)
-        parts.append(measure(case, place, contenders, rounds, figures, options.profile))
-    tell("One step", "\n\n".join(parts), figures, options, "python benchmarks/step.py " + " ".join(words))
-    distributed.stop()
+    return Session(
+        options,
+        command.config,
+        place,
+        options.rounds or (quick if options.quick else rounds),
+        cases(options.cases, on_cuda=place.device.type == "cuda", quick=options.quick),
+        {"precision": place.precision, "ranks": place.world.size},
+    )
+
+
+def main(words: list[str]) -> None:
+    parser = parser_of(__doc__ or "")
+    parser.add_argument("--profile", type=Path, help="write a trace of one step of ours there, for chrome://tracing")
+    session = begin(parser, words, names="real,mini", rounds=5, quick=1)
+    parts = [measure(case, session) for case in session.cases]
+    session.end("One step", parts, "python benchmarks/step.py " + " ".join(words))
 
 
 def recipe_words() -> list[str]:
@@ -151,15 +184,10 @@ class Contender:
         return 1 - sum(real for real, _ in self.tokens) / sum(shown for _, shown in self.tokens)
 
 
-def measure(
-    case: Case,
-    place: Place,
-    contenders: Mapping[str, Contender],
-    rounds: int,
-    figures: dict[str, Any],
-    profile: Path | None,
-) -> str:
+def measure(case: Case, session: Session) -> str:
     """All contenders of a case in turn, as Markdown."""
+    place, rounds, profile = session.place, session.rounds, session.options.profile
+    contenders = contenders_of(case, session.config, place)
     product, flops = _product(case, DTYPES[place.precision], place.device)
     seconds = in_turn({**contenders, "product": product}, rounds=rounds)
     rate = flops / statistics.median(seconds["product"])
@@ -175,7 +203,7 @@ def measure(
             _over(turns[name], plain),
             _over(turns[name], padded),
         )
-        figures[f"{case.name}, length {case.length}: {name}"] = {
+        session.figures[f"{case.name}, length {case.length}: {name}"] = {
             "tokens_per_second": speed,
             "speed_over_original": ratio,
             "speed_over_padded_original": ratio_padded,

@@ -11,22 +11,21 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from side_by_side import in_turn, parser_of, table, tell
-from step import LAYERS, Case, Ours, cases, random_models, recipe_words
+from side_by_side import in_turn, parser_of, table
+from step import LAYERS, Case, Ours, Session, begin, random_models
 
 from distilcb import distributed
-from distilcb.command_line import parse_command_line
 from distilcb.config import Config
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.lessons import lessons
 from distilcb.engine.stepper import step_together
-from distilcb.losses.triplet import coefficients
 from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
-from distilcb.train.build import Place, take_place
+from distilcb.train.build import Place
 from distilcb.train.models import Models
 
 DEPTHS = (6, 4, 2)
@@ -35,29 +34,12 @@ POSITIONS = {"attended": "KL on every word", "masked": "KL on masked words"}
 
 
 def main(words: list[str]) -> None:
-    parser = parser_of(__doc__ or "")
-    parser.add_argument("--cases", default="real_128,mini", help="of real, real_128, real_512, mini")
-    parser.add_argument("--rounds", type=int, help="turns of each (default: 7, with --quick 2)")
-    parser.add_argument("--local_rank", help="set by launchers")
-    options, settings = parser.parse_known_args(words)
-    command = parse_command_line([*recipe_words(), *settings])
-    place = take_place(command)
-    rounds = options.rounds or (2 if options.quick else 7)
-    figures: dict[str, Any] = {"precision": place.precision, "ranks": place.world.size}
+    session = begin(parser_of(__doc__ or ""), words, names="real_128,mini", rounds=7, quick=2)
     parts = []
-    for case in cases(options.cases, on_cuda=place.device.type == "cuda", quick=options.quick):
-        students = students_of(case, command.config, place)
-        parts += [measure(case, place, students, positions, rounds, figures) for positions in POSITIONS]
-    if place.world.is_main:
-        text = "\n\n".join(parts)
-        tell(
-            "Three students, one teacher's pass",
-            text,
-            figures,
-            options,
-            f"python benchmarks/students.py {' '.join(words)}",
-        )
-    distributed.stop()
+    for case in session.cases:
+        students = students_of(case, session.config, session.place)
+        parts += [measure(case, session, students, positions) for positions in POSITIONS]
+    session.end("Three students, one teacher's pass", parts, f"python benchmarks/students.py {' '.join(words)}")
 
 
 def students_of(case: Case, config: Config, place: Place) -> dict[int, Ours]:
@@ -78,13 +60,14 @@ def students_of(case: Case, config: Config, place: Place) -> dict[int, Ours]:
     }
 
 
-def measure(
-    case: Case, place: Place, students: dict[int, Ours], positions: str, rounds: int, figures: dict[str, Any]
-) -> str:
+def measure(case: Case, session: Session, students: dict[int, Ours], positions: str) -> str:
     """Alone, together and the teacher's pass in turn, as Markdown."""
+    place, rounds = session.place, session.rounds
+    turns: dict[str, Callable[[], Any]] = {
+        f"{depth} layers": partial(each.step, kl_positions=positions) for depth, each in students.items()
+    }
     for each in students.values():
-        learn_at(each, positions)
-    turns: dict[str, Callable[[], Any]] = {f"{depth} layers": alone(each) for depth, each in students.items()}
+        each.learn_at(positions)
     turns |= {"together": together(list(students.values())), TEACHER: teach(students[DEPTHS[0]])}
     seconds = in_turn(turns, rounds=rounds)
     sums = [sum(each) for each in zip(*(seconds[f"{depth} layers"] for depth in DEPTHS), strict=True)]
@@ -93,7 +76,7 @@ def measure(
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio, share = statistics.median(ratios), statistics.median(shares)
     where = f"{case.name}, length {case.length}, {POSITIONS[positions]}"
-    figures[where] = {
+    session.figures[where] = {
         "seconds": medians,
         "seconds_one_after_the_other": statistics.median(sums),
         "ratio": ratio,
@@ -112,24 +95,6 @@ def measure(
         f"{case.accumulation} micro-batch(es) of {case.micro_batch} sequences a step, {place.precision}; medians of "
         f"{rounds} in turn.\n\n" + table(["a step", "seconds", "of three steps"], rows)
     )
-
-
-def learn_at(student: Ours, positions: str) -> None:
-    """Take kl there from now on."""
-    stepper = student.stepper
-    loss = replace(stepper.loss, kl_positions=positions)
-    stepper.loss = student.engine.module.loss = loss
-    stepper.coefficients = coefficients(loss, student.counts, world_size=stepper.cut.world_size)
-
-
-def alone(student: Ours) -> Callable[[], None]:
-    """A step of one student, which runs the teacher for itself."""
-
-    def step() -> None:
-        student.stepper.step(student.steps, student.batches)
-        student.steps += 1
-
-    return step
 
 
 def together(students: list[Ours]) -> Callable[[], None]:

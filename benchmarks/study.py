@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from distilcb import distributed
-from distilcb.config import REPOSITORY, DataConfig, cache_folder, load_recipe
+from distilcb.config import REPOSITORY, DataConfig, cache_folder
 from distilcb.data.blocks import Blocks
 from distilcb.data.corpus import read_documents
 from distilcb.data.damage import Damage
@@ -38,6 +38,7 @@ from distilcb.eval.masked_lm import evaluate
 from distilcb.eval.report import as_console, as_markdown
 from distilcb.models.loading import load_language_model
 from distilcb.models.teacher import Teacher
+from distilcb.recipe import load_recipe
 
 RECIPE = REPOSITORY / "recipes" / "mini.yaml"
 STUDENTS = {

@@ -11,38 +11,22 @@ and adding up at each micro-step costs, not to be used.
 import copy
 import sys
 from dataclasses import replace
-from typing import Any
 
-from side_by_side import medians, parser_of, table, tell
-from step import Case, Ours, cases, random_models, recipe_words
+from side_by_side import medians, parser_of, table
+from step import Case, Ours, Session, begin, random_models
 
 from distilcb import distributed
-from distilcb.command_line import parse_command_line
-from distilcb.config import Config
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.optimizer import learning_rate
 from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.teacher import Teacher
-from distilcb.train.build import Place, take_place
 from distilcb.train.models import Models, compile_layers
 
 
 def main(words: list[str]) -> None:
-    parser = parser_of(__doc__ or "")
-    parser.add_argument("--cases", default="real,mini", help="of real and mini (default: both)")
-    parser.add_argument("--rounds", type=int, help="turns of each (default: 7, with --quick 2)")
-    parser.add_argument("--local_rank", help="set by launchers")
-    options, settings = parser.parse_known_args(words)
-    command = parse_command_line([*recipe_words(), *settings])
-    place = take_place(command)
-    rounds = options.rounds or (2 if options.quick else 7)
-    figures: dict[str, Any] = {"precision": place.precision, "ranks": place.world.size}
-    parts = []
-    for case in cases(options.cases, on_cuda=place.device.type == "cuda", quick=options.quick):
-        parts.append(measure(case, command.config, place, rounds, figures))
-    if place.world.is_main:
-        tell("Variants of a step", "\n\n".join(parts), figures, options, f"benchmarks/variants.py {' '.join(words)}")
-    distributed.stop()
+    session = begin(parser_of(__doc__ or ""), words, names="real,mini", rounds=7, quick=2)
+    parts = [measure(case, session) for case in session.cases]
+    session.end("Variants of a step", parts, f"benchmarks/variants.py {' '.join(words)}")
 
 
 class Coalesced(Ours):
@@ -63,8 +47,9 @@ class Coalesced(Ours):
         return self.tokens, self.tokens
 
 
-def measure(case: Case, config: Config, place: Place, rounds: int, figures: dict[str, Any]) -> str:
+def measure(case: Case, session: Session) -> str:
     """All variants of a case in turn, as Markdown."""
+    config, place, rounds = session.config, session.place, session.rounds
     teacher, student, family, tokenizer = random_models(case, config)
     teacher.to(place.device, DTYPES[place.precision])
 
@@ -89,7 +74,7 @@ def measure(case: Case, config: Config, place: Place, rounds: int, figures: dict
     seconds = medians({name: lambda each=each: each.step() for name, each in variants.items()}, rounds=rounds)
     base, rows = seconds["as it is"], []
     for name, each in variants.items():
-        figures[f"{case.name}, length {case.length}: {name}"] = {
+        session.figures[f"{case.name}, length {case.length}: {name}"] = {
             "tokens_per_second": each.tokens / seconds[name],
             "speed": base / seconds[name],
             "skipped_steps": each.engine.skipped_steps,

@@ -16,19 +16,9 @@ from typing import Any
 
 import yaml
 
-from distilcb.config import (
-    DEFAULT_RECIPE,
-    Config,
-    Paths,
-    options,
-    read_recipe,
-    shared_faults,
-    to_plain,
-    type_name,
-    validate,
-    with_nearest,
-)
+from distilcb.config import DEFAULT_RECIPE, Config, Paths, shared_faults, to_plain
 from distilcb.errors import ConfigError
+from distilcb.recipe import options, read_recipe, type_name, validate, with_nearest
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,10 @@ CAUSAL = "causal"
 _ARMS = {"both": ("without", "with"), "on": ("with",), "off": ("without",)}
 _LENGTHS = {"question_answering": 384, "classification": 128, "regression": 128, "tagging": 256, CAUSAL: 1024}
 
+# Options that decide what comes out; the others are kept by what they became.
+_KEPT = ("task", "data", "as_it_runs", "heldout", "student", "teacher", "teacher_base")
+_KEPT += ("alpha_soft", "alpha_hard", "temperature", "stride", "train_rows")
+
 
 def parser_of(description: str | None) -> Parser:
     """The options of launch/finetune.py."""
@@ -90,7 +94,7 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
     if not uses_cuda():
         size_cpu_threads(discover())
         keep_freed_memory()
-    from distilcb.finetune.comparison import Comparison, recipe_facts
+    from distilcb.finetune.comparison import Comparison
     from distilcb.finetune.models import check_same_tokenizer, content_of, longest_sequence
     from distilcb.finetune.objective import Weights
     from distilcb.finetune.training import Recipe
@@ -108,21 +112,15 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
     )
     weights = Weights(hard=options.alpha_hard, soft=options.alpha_soft, temperature=options.temperature)
     settings = {
-        **{
-            name: getattr(options, name)
-            for name in ("task", "data", "as_it_runs", "heldout", "student", "teacher", "teacher_base")
-        },
-        **{
-            name: getattr(options, name) for name in ("alpha_soft", "alpha_hard", "temperature", "stride", "train_rows")
-        },
+        **{name: getattr(options, name) for name in _KEPT},
         # What the names stood for: a folder may hold something else by the time that it is named again.
         "declared": None if options.task == CAUSAL else asdict(task_named(options.task)),
         "content": subject.content,
         "models": {name: content_of(name) for name in names},
         "split": subject.facts.get("split"),
         "max_length": longest,
-        "recipe": recipe_facts(recipe),
-        "teacher_recipe": recipe_facts(teacher_recipe) if options.teacher_base else None,
+        "recipe": asdict(recipe),
+        "teacher_recipe": asdict(teacher_recipe) if options.teacher_base else None,
     }
     for name in names:  # a wrong one is told before hours of the others
         subject.load(name, fine_tuned=name == options.teacher)

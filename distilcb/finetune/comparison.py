@@ -11,7 +11,7 @@ import logging
 import math
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -220,8 +220,3 @@ def _read(path: Path) -> dict[str, Any]:
         return found
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON ({error}). Delete it to have it made again.") from error
-
-
-def recipe_facts(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data."""
-    return asdict(recipe)

@@ -68,7 +68,7 @@ def _template(student: StudentConfig, teacher: Any | None, source: Any | None) -
     if student.config:
         return load_config(student.config)
     model = source if source is not None else teacher
-    assert model is not None  # config.py refuses a random student without teacher and student.config
+    assert model is not None  # recipe.py refuses a random student without teacher and student.config
     return model.config
 
 

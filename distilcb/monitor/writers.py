@@ -64,11 +64,7 @@ class StepBar:
         self._bar.unpause()
 
     def end(self) -> None:
-        """Leave the bar's last state on the console, and end its line."""
-        self._bar.close()
-
-    def close(self) -> None:
-        """End a bar that was shown."""
+        """Leave the last state of a bar that was shown on the console, and end its line."""
         if "_bar" in vars(self):
             self._bar.close()
 
@@ -110,7 +106,7 @@ class RunWriter:
         _keep_lines_up_to(self.path, last_kept, and_evaluation=first_step < steps)
         self._lines = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_kept + 1)
-        self._bar, self._student = bar or StepBar(steps=steps, first_step=first_step), student
+        self.bar, self._student = bar or StepBar(steps=steps, first_step=first_step), student
 
     def __enter__(self) -> "RunWriter":
         return self
@@ -118,21 +114,9 @@ class RunWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.close()
+        self.bar.end()
         self._lines.close()
         self._board.close()
-
-    def advance(self) -> None:
-        """One optimizer step is done."""
-        self._bar.advance()
-
-    def start_clock(self) -> None:
-        """Show the bar; or leave what was not training (an evaluation, a save) out of its times."""
-        self._bar.start_clock()
-
-    def end_bar(self) -> None:
-        """Leave the bar's last state on the console, and end its line."""
-        self._bar.end()
 
     def training(self, record: dict[str, Any]) -> None:
         """One logged step: a line, curves under train/, and the bar's figures."""
@@ -140,7 +124,7 @@ class RunWriter:
         for name, value in record.items():
             if name not in _NOT_CURVES and value is not None:
                 self._board.add_scalar(f"train/{name}", value, record["step"])
-        self._bar.tell(self._student, record)
+        self.bar.tell(self._student, record)
 
     def evaluation(self, step: int, figures: dict[str, Any]) -> None:
         """Held-out figures, as in summary.json: a line and curves under eval/."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from distilcb.errors import ConfigError, first_line
+from distilcb.recipe import UniqueKeyLoader
 
 Kind = Literal["question_answering", "classification", "regression", "tagging"]
 
@@ -153,7 +154,7 @@ def read_task(path: Path) -> Task:
         ConfigError: unreadable, names that are none or missing, or values that do not go together.
     """
     try:
-        facts: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        facts: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path} cannot be read ({first_line(error)}).") from error
     names = [field.name for field in fields(Task) if field.name != "name"]

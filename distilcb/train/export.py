@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from distilcb.config import Config, flatten, load_recipe
+from distilcb.config import Config, flatten
 from distilcb.engine.checkpoint import Checkpoint, Checkpoints
 from distilcb.errors import CheckpointError
 from distilcb.eval.report import as_markdown, heldout_rows
 from distilcb.export.hugging_face import export_checkpoint, with_longest_text, with_tokenizer_ids, write_model
 from distilcb.export.model_card import CardFacts
+from distilcb.recipe import load_recipe
 from distilcb.train.models import load_models
 from distilcb.train.run_folder import RunFolder, find_run
 

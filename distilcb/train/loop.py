@@ -78,7 +78,7 @@ def _take_steps(runs: Sequence[Run]) -> str | None:
     behind = _furthest_back(runs)
     steps, stop, writer = behind.config.train.steps, behind.stop, behind.writer
     if writer:
-        writer.start_clock()
+        writer.bar.start_clock()
     for step in range(behind.progress.step, steps):
         learning = [run for run in runs if run.progress.step == step]  # the others are further, and wait
         for run in learning:
@@ -93,7 +93,7 @@ def _take_steps(runs: Sequence[Run]) -> str | None:
             _window(run).add(result.sums, skipped=result.skipped, data_wait_seconds=result.data_wait_seconds)
             run.progress.step = step + 1
         if writer:
-            writer.advance()
+            writer.bar.advance()
         saving = [run for run in learning if _due(step + 1, run.config.train.save_every, steps)]
         for run, result in zip(learning, results, strict=True):
             if run in saving or _due(step + 1, run.config.train.log_every, steps):
@@ -107,7 +107,7 @@ def _take_steps(runs: Sequence[Run]) -> str | None:
         if reason:
             return reason
         if writer:
-            writer.start_clock()
+            writer.bar.start_clock()
     return None
 
 
@@ -299,7 +299,7 @@ def _finish(runs: Sequence[Run]) -> str | None:
     Returns why it was stopped in an evaluation, if it was.
     """
     if runs[0].writer:
-        runs[0].writer.end_bar()
+        runs[0].writer.bar.end()
     screen = ""
     for run in runs:
         try:

@@ -9,11 +9,12 @@ import torch
 from hub_layout import CONFIG, VOCABULARY, write_camembert_base
 from transformers import AutoTokenizer
 
-from distilcb.config import REPOSITORY, load_recipe
+from distilcb.config import REPOSITORY
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.errors import ModelError
 from distilcb.models.loading import load_language_model
 from distilcb.models.student import build_student
+from distilcb.recipe import load_recipe
 
 pytestmark = pytest.mark.launch
 

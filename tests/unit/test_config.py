@@ -25,11 +25,10 @@ from distilcb.config import (
     cache_folder,
     differences,
     flatten,
-    load_recipe,
     to_plain,
-    validate,
 )
 from distilcb.errors import ConfigError
+from distilcb.recipe import load_recipe, validate
 
 TRAIN = REPOSITORY / "launch" / "train.py"
 DEFAULTS = to_plain(Config())

@@ -38,6 +38,7 @@ def test_a_file_declares_a_task(tmp_path):
         ),
         ("- kind\n", "came list"),
         ("kind: [", "cannot be read"),
+        (OWN + "target: body\n", "['target'] written twice"),
         (OWN + "colour: red\n", "unknown: colour; missing: none"),
         (OWN.replace("classification", "sorting"), "kind=sorting"),
         (OWN.replace("accuracy", "bleu"), "metrics=['bleu'], needed some of accuracy"),

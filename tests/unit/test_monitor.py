@@ -123,7 +123,7 @@ def write_run(folder, steps, *, first_step=0, **figures):
         if first_step == 0:
             writer.evaluation(0, {"student": {"mlm_loss": 9.0}})
         for step in steps:
-            writer.advance()
+            writer.bar.advance()
             writer.training(training_record(step, **figures))
             writer.evaluation(step, {"student": {"mlm_loss": 5.0}})
 
@@ -223,7 +223,7 @@ def test_a_text_is_in_the_text_tab(tmp_path):
 def test_the_bar_counts_from_the_first_step_on(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with RunWriter(tmp_path, steps=10, first_step=6) as writer:
-        writer.advance()
+        writer.bar.advance()
         writer.training(training_record(7))
     shown = capsys.readouterr().err
     assert "7/10" in shown
@@ -233,7 +233,7 @@ def test_the_bar_counts_from_the_first_step_on(tmp_path, capsys, monkeypatch):
 def test_where_nobody_watches_a_logged_step_is_a_line_with_the_time_left(tmp_path, capsys, caplog):
     caplog.set_level("INFO")
     with RunWriter(tmp_path, steps=10, first_step=6) as writer:
-        writer.advance()
+        writer.bar.advance()
         writer.training(training_record(7) | {"tokens": 7 * 512, "tokens_per_second": 51.2})
     assert capsys.readouterr().err == ""
     assert caplog.messages == ["step 7 of 10, loss 9.000, 51 tokens/s, 00:30 left"]
@@ -246,10 +246,10 @@ def test_students_share_one_bar_with_the_loss_of_each(tmp_path, capsys, monkeypa
     for folder in folders:
         folder.mkdir()
     writers = [RunWriter(each, steps=10, first_step=6, bar=bar, student=each.name) for each in folders]
-    writers[0].advance()
+    writers[0].bar.advance()
     for number, writer in enumerate(writers):
         writer.training(training_record(7) | {"loss": float(number)})
-    writers[0].end_bar()
+    writers[0].bar.end()
     shown = capsys.readouterr().err
     assert "7/10" in shown
     assert "8/10" not in shown

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from distilcb.config import REPOSITORY, load_recipe
+from distilcb.config import REPOSITORY
 from distilcb.models.families import FAMILIES, family_of
+from distilcb.recipe import load_recipe
 
 GPT2 = {"model_type": "gpt2", "vocab_size": 50_257, "n_positions": 1024}
 BERT = {"model_type": "bert", "max_position_embeddings": 512}

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from distilcb.command_line import parse_command_line
-from distilcb.config import DEFAULT_RECIPE, REPOSITORY, flatten, load_recipe, to_plain
+from distilcb.config import DEFAULT_RECIPE, REPOSITORY, flatten, to_plain
+from distilcb.recipe import load_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)

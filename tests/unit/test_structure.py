@@ -12,7 +12,8 @@ from distilcb.config import REPOSITORY
 # Parts of a layer import from those before it, and not from each other.
 LAYERS = [
     {"errors"},
-    {"launcher", "hub", "config", "gpus"},
+    {"launcher", "hub", "config"},
+    {"recipe"},
     {"command_line", "machine"},
     {"distributed"},
     {"preemption", "watchdog"},
