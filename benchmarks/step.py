@@ -31,13 +31,12 @@ from distilcb.data.loader import Batch, training_batches
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.losses.triplet import coefficients
-from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.families import Family
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.monitor.metrics import ModelShape, flops_per_token
 from distilcb.train.build import Place, take_place, wire_stepper
-from distilcb.train.models import Models
+from distilcb.train.models import Models, use_fast_layers
 
 MINI_TEXT = DEFAULT_RECIPE.parent / "mini" / "text" / "train"
 # Sizes of almanach/camembert-base and of the shipped teacher.
@@ -273,9 +272,9 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
     }
     if half != torch.float32:
         found[f"original loop, {place.precision}"] = Contender(_turn(original(half), full, case.accumulation))
-    if device.type == "cpu":  # as train/models.py does; the original loops have copies of their own
-        use_cpu_dropout(student)
-    ours = Ours(case, config, place, Models(Teacher(teacher.to(device, half)), student, family, tokenizer))
+    models = Models(Teacher(teacher.to(device, half)), student, family, tokenizer)
+    use_fast_layers(models, place)  # the original loops have copies of their own
+    ours = Ours(case, config, place, models)
     found["ours"] = Contender(ours.step)
     found["ours, KL on masked"] = Contender(lambda: ours.step(kl_positions="masked"), masked_only=True)
     return found

@@ -22,11 +22,10 @@ from distilcb.config import Config
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.lessons import lessons
 from distilcb.engine.stepper import step_together
-from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.train.build import Place
-from distilcb.train.models import Models
+from distilcb.train.models import Models, use_fast_layers
 
 DEPTHS = (6, 4, 2)
 TEACHER = "the teacher's pass"
@@ -51,13 +50,10 @@ def students_of(case: Case, config: Config, place: Place) -> dict[int, Ours]:
         vocab = tokenizer.vocabulary.size
         students[depth] = build_student(asked, teacher=model, vocab_size=vocab, seed=config.train.seed)
     teacher = Teacher(model.to(place.device, DTYPES[place.precision]))
-    if place.device.type == "cpu":
-        for student, _family in students.values():
-            use_cpu_dropout(student)
-    return {
-        depth: Ours(case, config, place, Models(teacher, student, family, tokenizer))
-        for depth, (student, family) in students.items()
-    }
+    models = {depth: Models(teacher, student, family, tokenizer) for depth, (student, family) in students.items()}
+    for each in models.values():
+        use_fast_layers(each, place)
+    return {depth: Ours(case, config, place, each) for depth, each in models.items()}
 
 
 def measure(case: Case, session: Session, students: dict[int, Ours], positions: str) -> str:

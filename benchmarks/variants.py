@@ -18,9 +18,8 @@ from step import Case, Ours, Session, begin, random_models
 from distilcb import distributed
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.engine.optimizer import learning_rate
-from distilcb.models.cpu_dropout import use_cpu_dropout
 from distilcb.models.teacher import Teacher
-from distilcb.train.models import Models, compile_layers
+from distilcb.train.models import Models, use_fast_layers
 
 
 def main(words: list[str]) -> None:
@@ -55,10 +54,7 @@ def measure(case: Case, session: Session) -> str:
 
     def models(*, compiled: bool = False) -> Models:
         made = Models(Teacher(copy.deepcopy(teacher)), copy.deepcopy(student), family, tokenizer)
-        if compiled:
-            compile_layers(made)
-        elif place.device.type == "cpu":
-            use_cpu_dropout(made.student)
+        use_fast_layers(made, place, compiled=compiled)
         return made
 
     zero = place.settings["zero_optimization"]

@@ -25,8 +25,10 @@ _ARMS = {"both": ("without", "with"), "on": ("with",), "off": ("without",)}
 _LENGTHS = {"question_answering": 384, "classification": 128, "regression": 128, "tagging": 256, CAUSAL: 1024}
 
 # Options that decide what comes out; the others are kept by what they became.
-_KEPT = ("task", "data", "as_it_runs", "heldout", "student", "teacher", "teacher_base")
-_KEPT += ("alpha_soft", "alpha_hard", "temperature", "stride", "train_rows")
+_KEPT = (
+    *("task", "data", "as_it_runs", "heldout", "student", "teacher", "teacher_base"),
+    *("alpha_soft", "alpha_hard", "temperature", "stride", "train_rows"),
+)
 
 
 def parser_of(description: str | None) -> Parser:

@@ -1,6 +1,7 @@
 """The teacher: frozen, half precision, inference only, and never part of engine or checkpoint."""
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class Teacher:
     def features(self, hidden: Tensor, soft_rows: Tensor) -> Tensor:
         """(soft rows, hidden) what stands before the decoder, for those rows of `hidden`."""
         return self.family.head_features(self.model, hidden.index_select(0, soft_rows))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of its weights, which on a CPU may be packed and then are no parameters."""
+        return sum(each.nbytes for each in chain(self.model.parameters(), self.model.buffers()))
 
     @property
     def decoder(self) -> tuple[Tensor, Tensor | None]:

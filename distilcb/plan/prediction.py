@@ -87,7 +87,7 @@ def activation_bytes(model: ModelSizes, width: int, device_type: str, config: Co
     Of each layer with a fused attention: its input, q, k, v and the attention's output, what the two layer norms are
     given, the first one's output, and both sides of the activation: 8 hidden and 2 intermediate; the attention's
     log-sum-exp and the norms' statistics; the masks of two dropouts, a byte a number on CUDA. On a CPU the weights of
-    an attention with dropout (models/cpu_dropout.py). tests/unit/test_plan.py counts them.
+    an attention with dropout (models/cpu_layers.py). tests/unit/test_plan.py counts them.
     """
     shape = model.shape
     mask = (1 if device_type == "cuda" else width) if model.dropout else 0

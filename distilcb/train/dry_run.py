@@ -113,7 +113,7 @@ def _shortened(config: Config, place: Place) -> Config:
 def _memory(models: Models, engine: Any, place: Place) -> dict[str, int]:
     """Bytes on this rank by part; activations and buffers are what is left of the peak."""
     parts = {
-        "teacher": sum(p.nbytes for p in models.teacher.model.parameters()) if models.teacher else 0,
+        "teacher": models.teacher.nbytes if models.teacher else 0,
         "student_weights": sum(p.nbytes for p in engine.module.parameters()),
         "optimizer_states": sum(
             value.nbytes

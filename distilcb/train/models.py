@@ -15,7 +15,7 @@ from distilcb.data.tokenizer import TextTokenizer
 from distilcb.engine.deepspeed_config import DTYPES
 from distilcb.errors import ConfigError, ModelError
 from distilcb.machine import uses_cuda
-from distilcb.models.cpu_dropout import use_cpu_dropout
+from distilcb.models.cpu_layers import use_cpu_inference, use_cpu_training
 from distilcb.models.families import Family, family_of
 from distilcb.models.loading import hash_weights, load_language_model
 from distilcb.models.student import build_student
@@ -63,10 +63,7 @@ def build_models_of(configs: Sequence[Config], place: Place) -> list[Models]:
     for config, models in zip(configs, built, strict=True):
         if config.train.activation_checkpointing:
             models.student.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.train.compile:
-            compile_layers(models)
-        elif place.device.type == "cpu":
-            use_cpu_dropout(models.student)
+        use_fast_layers(models, place, compiled=config.train.compile)
     return built
 
 
@@ -114,7 +111,17 @@ def check_compiler() -> None:
         )
 
 
-def compile_layers(models: Models) -> None:
+def use_fast_layers(models: Models, place: Place, *, compiled: bool = False) -> None:
+    """Have the student, and the teacher where it now lies, compute by torch.compile; or on a CPU in ways of our own."""
+    if compiled:
+        _compile_layers(models)
+    elif place.device.type == "cpu":
+        use_cpu_training(models.student)
+        if models.teacher:
+            use_cpu_inference(models.teacher.model, models.teacher.family.layers(models.teacher.model))
+
+
+def _compile_layers(models: Models) -> None:
     """Have torch.compile take each transformer layer at its first call: one compilation serves all that are alike."""
     teacher = [(models.teacher.model, models.teacher.family)] if models.teacher else []
     for model, family in [*teacher, (models.student, models.family)]:

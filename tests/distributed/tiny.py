@@ -26,7 +26,7 @@ from distilcb.losses.triplet import Counts
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
 from distilcb.train.build import Place, wire_stepper
-from distilcb.train.models import Models, compile_layers
+from distilcb.train.models import Models, use_fast_layers
 
 VOCAB_SIZE, HIDDEN_SIZE, SEQ_LEN, TEACHER_LAYERS = 307, 32, 16, 4
 PAD, BOS, EOS, MASK = 1, 5, 6, VOCAB_SIZE - 1
@@ -169,5 +169,5 @@ def start(
     if config.train.activation_checkpointing:
         built.student.gradient_checkpointing_enable({"use_reentrant": False})
     if config.train.compile:
-        compile_layers(built)
+        use_fast_layers(built, place, compiled=True)
     return TinyRun(built, *wire_stepper(config, place, built, blocks, load_universal=load_universal))

@@ -9,7 +9,7 @@ from transformers import CamembertConfig, CamembertForMaskedLM, GPT2Config, GPT2
 from distilcb.command_line import parse_command_line
 from distilcb.config import REPOSITORY
 from distilcb.errors import ConfigError, ModelError
-from distilcb.models.cpu_dropout import use_cpu_dropout
+from distilcb.models.cpu_layers import use_cpu_training
 from distilcb.monitor.metrics import shape_of
 from distilcb.plan import prediction
 from distilcb.plan.command import plan_from
@@ -70,7 +70,7 @@ def test_activations_are_those_that_the_models_keep(layers, dropout, checkpointi
         attention_probs_dropout_prob=dropout,
     )
     model = CamembertForMaskedLM(made).to(torch.bfloat16).train()
-    use_cpu_dropout(model)
+    use_cpu_training(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     found = kept_bytes(model, torch.randint(7, 300, (4, 128)))

@@ -1,5 +1,6 @@
-"""The student's dropout on a CPU, beside torch's own products and the definition of dropout."""
+"""Layers on a CPU, beside torch's own products and the definition of dropout."""
 
+import copy
 import functools
 import math
 
@@ -7,8 +8,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distilcb.models.cpu_dropout import Dropout, attention, use_cpu_dropout
+from distilcb.models.cpu_layers import (
+    Dropout,
+    PackedLinear,
+    _packs_bf16,
+    attention,
+    use_cpu_inference,
+    use_cpu_training,
+)
 from distilcb.models.families import FAMILIES, family_of
+from distilcb.models.teacher import Teacher
 
 SEQUENCES, HEADS, TOKENS, SIZE = 2, 3, 10, 4
 SCALING = SIZE**-0.5
@@ -147,7 +156,7 @@ def test_only_the_weights_are_kept_for_the_backward_pass(triple):
 def student(tiny_model):
     """A model with dropout, and the same with ours."""
     ours = tiny_model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
-    use_cpu_dropout(ours)
+    use_cpu_training(ours)
     return ours
 
 
@@ -157,7 +166,7 @@ def test_a_model_trains_without_one_of_torchs_bernoulli_numbers(tiny_model, tiny
     family = family_of(plain.config, where="test")
     family.set_dropout(plain.config, 0.5)
     student = family.model_class().from_config(plain.config)
-    use_cpu_dropout(student)
+    use_cpu_training(student)
     with Operators() as ran:
         family.encode(student.train(), tiny_batch().input_ids).sum().backward()
     assert "random_" in ran.names
@@ -167,7 +176,7 @@ def test_a_model_trains_without_one_of_torchs_bernoulli_numbers(tiny_model, tiny
 @torch.no_grad()
 def test_a_causal_model_looks_at_nothing_that_comes_later(tiny_model, tiny_batch):
     model = tiny_model("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
-    use_cpu_dropout(model)
+    use_cpu_training(model)
     ids = tiny_batch(blocks=1, length=16).input_ids
     other = ids.clone()
     other[:, 10:] = 7
@@ -205,3 +214,72 @@ def test_padding_is_not_looked_at_in_training_either(student, tiny_batch):
 def test_an_exported_student_names_no_attention_of_ours(student, tmp_path):
     student.save_pretrained(tmp_path)
     assert "distilcb" not in (tmp_path / "config.json").read_text()
+
+
+needs_bf16 = pytest.mark.skipif(not _packs_bf16(), reason="needs a CPU and a torch that multiply packed bf16 weights")
+
+
+def packed(model):
+    """The frozen model in bf16, and the same with its layers packed."""
+    plain = copy.deepcopy(model).to(torch.bfloat16).eval().requires_grad_(False)
+    ours = copy.deepcopy(plain)
+    use_cpu_inference(ours, family_of(ours.config, where="test").layers(ours))
+    return plain, ours
+
+
+def norm_of_difference(one, other):
+    return float((one.float() - other.float()).norm())
+
+
+@needs_bf16
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_packed_teacher_is_as_near_to_fp32_as_a_plain_one(tiny_model, tiny_batch, architecture):
+    model = tiny_model(architecture).eval()
+    encode, ids = family_of(model.config, where="test").encode, tiny_batch().input_ids
+    plain, ours = packed(model)
+    exact, near, found = (encode(each, ids) for each in (model, plain, ours))
+    assert 0 < norm_of_difference(found, exact) < 1.5 * norm_of_difference(near, exact)
+
+
+@needs_bf16
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_packed_teacher_holds_each_weight_of_its_layers_once(tiny_model, architecture):
+    plain, ours = packed(tiny_model(architecture))
+    layers = family_of(ours.config, where="test").layers(ours)
+    kinds = [type(each) for each in layers.modules()]
+    assert kinds.count(PackedLinear) >= 4 * len(layers)
+    assert not any(parameter.dim() > 1 for parameter in layers.parameters())
+    assert Teacher(ours).nbytes == Teacher(plain).nbytes
+
+
+@needs_bf16
+@torch.no_grad()
+def test_an_encoders_attention_runs_in_plain_products(tiny_model, tiny_batch):
+    _plain, ours = packed(tiny_model())
+    with Operators() as ran:
+        family_of(ours.config, where="test").encode(ours, tiny_batch().input_ids)
+    assert "bmm" in ran.names
+    assert not {name for name in ran.names if "scaled_dot" in name or "addmm" in name}
+
+
+@needs_bf16
+@torch.no_grad()
+def test_a_packed_teacher_sees_no_padding(tiny_model, tiny_batch):
+    """Masked attention is left to transformers."""
+    _plain, ours = packed(tiny_model())
+    ids = tiny_batch(blocks=2, length=16).input_ids
+    other = ids.clone()
+    other[:, 10:] = 7
+    seen = torch.ones_like(ids)
+    seen[:, 10:] = 0
+    found = [ours(input_ids=each, attention_mask=seen).logits[:, :10] for each in (ids, other)]
+    assert torch.equal(*found)
+
+
+def test_in_fp32_a_teacher_stays_as_it_is(tiny_model):
+    model = tiny_model()
+    before = [type(each) for each in model.modules()]
+    use_cpu_inference(model, family_of(model.config, where="test").layers(model))
+    assert [type(each) for each in model.modules()] == before
+    assert model.config._attn_implementation == "sdpa"

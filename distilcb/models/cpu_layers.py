@@ -1,7 +1,9 @@
-"""The student's dropout on a CPU: random bits drawn 64 at a time, and attention with dropout in few passes.
+"""Layers on a CPU: dropout from random bits drawn 64 at a time, attention in plain products, weights packed once.
 
 torch draws a Bernoulli number on a CPU in 6 to 12 ns and has no fused attention with dropout there, which took a fifth
-of a step at 512 tokens a sequence. CUDA has both, and torch.compile writes its own.
+of a step at 512 tokens a sequence; its fused attention without dropout is slower in bf16 than the products it stands
+for; and at each product oneDNN brings a weight into an order of its own, though a teacher's never changes. CUDA has
+better of all three, and torch.compile writes its own.
 """
 
 from __future__ import annotations
@@ -10,28 +12,70 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 # 15 bits of a random number choose: dropout is to the nearest of so many probabilities (0.1 is 0.100006).
 _CHOICES = 1 << 15
-_ATTENTION = "distilcb_cpu_dropout"
+_ATTENTION = "distilcb_cpu"
 
 
-def use_cpu_dropout(model: Any) -> None:
+def use_cpu_training(model: Any) -> None:
     """Have a transformers model on a CPU drop hidden states and attention weights this way.
 
-    Its weights, and what it computes outside training, stay as they are.
+    Its weights stay as they are, and so does what it computes without dropout, but for bf16's rounding.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is torch.nn.Dropout:
                 setattr(parent, name, Dropout(child.p))
+    _use_attention(model)
+
+
+def use_cpu_inference(model: Any, layers: torch.nn.Module) -> None:
+    """Have a frozen transformers model on a CPU compute its `layers` this way for good; without bf16 it stays as it is.
+
+    The packed weights take the place of the plain ones, which the model then has no more.
+    """
+    if model.dtype != torch.bfloat16 or not _packs_bf16():
+        return
+    for parent in list(layers.modules()):
+        for name, child in parent.named_children():
+            if type(child) is torch.nn.Linear:
+                setattr(parent, name, PackedLinear(child.weight, child.bias))
+            elif type(child) is Conv1D:
+                setattr(parent, name, PackedLinear(child.weight.t(), child.bias))
+    _use_attention(model)
+
+
+def _packs_bf16() -> bool:
+    """Whether this torch, on this CPU, has the operators that torch.compile too puts in a frozen Linear's place."""
+    operators = torch.ops.mkldnn
+    wanted = ("_is_mkldnn_bf16_supported", "_reorder_linear_weight", "_linear_pointwise")
+    return all(hasattr(operators, name) for name in wanted) and bool(operators._is_mkldnn_bf16_supported())
+
+
+def _use_attention(model: Any) -> None:
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(_ATTENTION, _attention_of_a_model)
         AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
         model.set_attn_implementation(_ATTENTION)
+
+
+class PackedLinear(torch.nn.Module):
+    """A bf16 Linear that is never trained, its weight in the order in which oneDNN multiplies."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        """weight: (out, in). bias: (out,) or None. Neither is kept."""
+        super().__init__()
+        self.register_buffer("packed", torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), None))
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, values: Tensor) -> Tensor:
+        """(..., out) of (..., in)."""
+        return torch.ops.mkldnn._linear_pointwise(values, self.packed, self.bias, "none", [], "")
 
 
 class Dropout(torch.nn.Dropout):
@@ -97,15 +141,17 @@ def _attention_of_a_model(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """What transformers calls; whatever this room has no faster way for takes transformers' own."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if dropout == 0 or attention_mask is not None or query.shape != key.shape:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
-        )
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, dropout=dropout, scaling=scaling, causal=causal).transpose(1, 2), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if attention_mask is None and query.shape == key.shape:
+        if dropout > 0:
+            return attention(query, key, value, dropout=dropout, scaling=scale, causal=causal).transpose(1, 2), None
+        if query.dtype == torch.bfloat16 and not causal and not torch.is_grad_enabled():
+            weights = (query * scale) @ key.transpose(-1, -2)
+            return (torch.softmax(weights, -1, out=weights) @ value).transpose(1, 2), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
+    )
 
 
 def _signed(values: Tensor, dropout: float) -> Tensor:
