@@ -237,13 +237,18 @@ def _over(speeds: Sequence[float], base: Sequence[float]) -> float:
 
 def random_models(case: Case, config: Config) -> tuple[Any, Any, Family, TextTokenizer]:
     """Teacher and student in fp32 on the CPU, the same at every call, and the shipped tokenizer."""
-    torch.manual_seed(0)
-    shape = {"max_position_embeddings": 514, "type_vocab_size": 1, "num_hidden_layers": LAYERS, "pad_token_id": 1}
-    teacher = CamembertForMaskedLM(CamembertConfig(**case.sizes, **shape))
+    teacher = teacher_of(case.sizes)
     tokenizer = TextTokenizer(str(DEFAULT_RECIPE.parent / "mini" / "teacher"))
     vocab = tokenizer.vocabulary.size
     student, family = build_student(config.student, teacher=teacher, vocab_size=vocab, seed=config.train.seed)
     return teacher, student, family, tokenizer
+
+
+def teacher_of(sizes: dict[str, int]) -> CamembertForMaskedLM:
+    """A CamemBERT of 12 layers with random weights, the same at every call."""
+    torch.manual_seed(0)
+    shape = {"max_position_embeddings": 514, "type_vocab_size": 1, "num_hidden_layers": LAYERS, "pad_token_id": 1}
+    return CamembertForMaskedLM(CamembertConfig(**sizes, **shape))
 
 
 def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contender]:

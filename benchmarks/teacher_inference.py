@@ -1,45 +1,57 @@
-"""The teacher as a bare module against deepspeed.init_inference, on the same batches in turn.
+"""The teacher's pass at camembert-base's size: bare module, deepspeed.init_inference, and as training has it on a CPU.
 
-python benchmarks/teacher_inference.py [--model DIR] [--length 128] [--batch 16] [--rounds 9]
+python benchmarks/teacher_inference.py [--quick] [--json FILE] [--report FILE] [--rounds 9]
 """
 
-import argparse
 import copy
 import statistics
-import time
+import sys
+from functools import partial
 from typing import Any
 
 import torch
+from side_by_side import in_turn, parser_of, table, tell
+from step import MINI, REAL, teacher_of
 
 from distilcb import distributed
-from distilcb.config import REPOSITORY
-from distilcb.models.loading import load_language_model
+from distilcb.models.cpu_layers import use_cpu_inference
 from distilcb.models.teacher import Teacher
 
+BARE = "bare module"
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(REPOSITORY / "recipes" / "mini" / "teacher"))
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
+
+def main(words: list[str]) -> None:
+    parser = parser_of(__doc__ or "")
+    parser.add_argument("--rounds", type=int, help="turns of each (default: 9, with --quick 2)")
+    parser.add_argument("--local_rank", help="set by launchers")
+    options = parser.parse_args(words)
     distributed.start()
-    device = distributed.device()
+    device, rounds = distributed.device(), options.rounds or (2 if options.quick else 9)
     dtype = torch.float16 if device.type == "cuda" else torch.bfloat16
-    model = load_language_model(options.model, dtype=dtype).to(device)
-    contenders = {"bare module": Teacher(model), "init_inference": Teacher(_with_deepspeed(model, dtype))}
-    ids = torch.randint(7, model.config.vocab_size - 1, (options.batch, options.length), device=device)
-    rows = torch.arange(ids.numel(), device=device)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(options.rounds + 2):  # two to warm up
-        for name, teacher in contenders.items():
-            seconds[name].append(_time(teacher, ids, rows))
-    medians = {name: statistics.median(values[2:]) for name, values in seconds.items()}
-    print(f"{options.batch} x {options.length} tokens, {dtype}, {device}, median of {options.rounds}")
-    for name, median in medians.items():
-        print(f"{name:16} {median * 1e3:8.1f} ms  {median / medians['bare module']:.3f}")
+    model = teacher_of(MINI if options.quick else REAL).to(device, dtype)
+    contenders = {BARE: Teacher(model), "init_inference": Teacher(_with_deepspeed(model, dtype))}
+    if device.type == "cpu":
+        packed = Teacher(copy.deepcopy(model))
+        use_cpu_inference(packed.model, packed.family.layers(packed.model))
+        contenders["packed weights, plain attention"] = packed
+    figures: dict[str, Any] = {}
+    parts = [measure(contenders, model, length, rounds, figures) for length in (128, 512)]
+    tell("The teacher's pass", "\n\n".join(parts), figures, options, "python benchmarks/teacher_inference.py")
     distributed.stop()
+
+
+def measure(contenders: dict[str, Teacher], model: Any, length: int, rounds: int, figures: dict[str, Any]) -> str:
+    """All of them in turn on sequences of one length, as Markdown; ratios are medians turn by turn."""
+    ids = torch.randint(7, model.config.vocab_size - 1, (1024 // length, length), device=model.device)
+    rows = torch.arange(ids.numel(), device=model.device)
+    turns = {name: partial(teacher, ids, rows, wants_hidden=True) for name, teacher in contenders.items()}
+    seconds, lines = in_turn(turns, rounds=rounds), []
+    for name, each in seconds.items():
+        ratio = statistics.median(one / bare for one, bare in zip(each, seconds[BARE], strict=True))
+        figures[f"{length} tokens: {name}"] = {"seconds": statistics.median(each), "time_over_bare": ratio}
+        lines.append((name, f"{statistics.median(each) * 1e3:.0f}", f"{ratio:.2f}"))
+    what = f"{len(ids)} sequences of {length} tokens, {str(model.dtype).removeprefix('torch.')}, {rounds} turns"
+    return f"## {what}\n\n" + table(["", "ms", "bare = 1"], lines)
 
 
 def _with_deepspeed(model: Any, dtype: torch.dtype) -> Any:
@@ -49,15 +61,5 @@ def _with_deepspeed(model: Any, dtype: torch.dtype) -> Any:
     return engine.module
 
 
-def _time(teacher: Teacher, ids: torch.Tensor, rows: torch.Tensor) -> float:
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    teacher(ids, rows, wants_hidden=True)
-    if ids.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(distributed.exit_code(main))

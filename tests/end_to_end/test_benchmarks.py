@@ -53,6 +53,14 @@ def test_a_student_of_half_the_layers_answers_sooner(tmp_path):
     assert "60 % faster" in said
 
 
+def test_the_teachers_benchmark_has_each_way(tmp_path):
+    found, _ = figures_of("teacher_inference", tmp_path)
+    figures = {name: value["time_over_bare"] for name, value in found.items() if "tokens" in name}
+    assert figures["512 tokens: bare module"] == 1
+    assert len(figures) == 2 * (2 if torch.cuda.is_available() else 3)
+    assert all(0.2 < ratio < 5 for ratio in figures.values())
+
+
 def test_the_benchmark_of_variants_has_each(tmp_path):
     figures, _ = figures_of("variants", tmp_path, "--cases", "mini", "--deepspeed", "zero2_cpu")
     speeds = {name.partition(": ")[2]: value["speed"] for name, value in figures.items() if "mini" in name}
