@@ -43,8 +43,7 @@ def main(words: list[str]) -> None:
 def measure(contenders: dict[str, Teacher], model: Any, length: int, rounds: int, figures: dict[str, Any]) -> str:
     """All of them in turn on sequences of one length, as Markdown; ratios are medians turn by turn."""
     ids = torch.randint(7, model.config.vocab_size - 1, (1024 // length, length), device=model.device)
-    rows = torch.arange(ids.numel(), device=model.device)
-    turns = {name: partial(teacher, ids, rows, wants_hidden=True) for name, teacher in contenders.items()}
+    turns = {name: partial(teacher.hidden, ids) for name, teacher in contenders.items()}
     seconds, lines = in_turn(turns, rounds=rounds), []
     for name, each in seconds.items():
         ratio = statistics.median(one / bare for one, bare in zip(each, seconds[BARE], strict=True))

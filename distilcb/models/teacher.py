@@ -31,18 +31,13 @@ class Teacher:
     """Runs the teacher on a rank's own micro-batch.
 
     It holds the bare transformers model: `deepspeed.init_inference(..., replace_with_kernel_inject=False)` was tried
-    and gave nothing measurable (docs/results/teacher_inference.md), and the bare module keeps SDPA's fast paths.
+    and gave nothing measurable (docs/results/teacher_inference.md), and the bare module keeps the fast paths of its
+    attention: SDPA's on CUDA, our own on a CPU (models/cpu_layers.py).
     """
 
     def __init__(self, model: Any) -> None:
         self.family: Family = family_of(model.config, where="teacher")
         self.model = model.eval().requires_grad_(False)
-
-    def __call__(self, input_ids: Tensor, soft_rows: Tensor | None, *, wants_hidden: bool) -> TeacherOutput:
-        """Run on (blocks, tokens) ids; `soft_rows` are the flattened rows whose distribution is needed."""
-        hidden = self.hidden(input_ids)
-        features = None if soft_rows is None else self.features(hidden, soft_rows)
-        return TeacherOutput(hidden if wants_hidden else None, features, self.decoder)
 
     @torch.no_grad()  # inference_mode's tensors cannot be saved for the cosine term's backward
     def hidden(self, input_ids: Tensor) -> Tensor:

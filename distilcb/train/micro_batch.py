@@ -24,7 +24,8 @@ from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import make_batch, task_of
 from distilcb.distributed import all_reduce_sum
 from distilcb.engine.deepspeed_config import DTYPES
-from distilcb.engine.step_module import StepModule, soft_rows
+from distilcb.engine.lessons import lessons
+from distilcb.engine.step_module import StepModule
 from distilcb.errors import ConfigError
 from distilcb.losses.triplet import TERMS, Coefficients
 
@@ -117,9 +118,8 @@ class _Probe:
         _kept = torch.empty(self._bytes_of_deepspeed(module), dtype=torch.uint8, device=device)
         rows = np.arange(size, dtype=np.int64)
         batch = make_batch(self.task, self.blocks.read(rows), rows, np.zeros_like(rows)).to(device)
-        loss, taught = self.config.loss, None
-        if self.models.teacher is not None and (loss.kl or loss.mse or loss.cos):
-            taught = self.models.teacher(batch.input_ids, soft_rows(batch, loss), wants_hidden=bool(loss.cos))
+        loss = self.config.loss
+        (taught,) = lessons(self.models.teacher, [loss], batch)
         scalar, _sums = module(batch, taught, Coefficients(**{term: getattr(loss, term) for term in TERMS}))
         scalar.backward()
 

@@ -53,6 +53,12 @@ def test_the_teacher_sees_a_micro_batch_once(teacher, batch, passes):
     assert len(passes) == 1
 
 
+def test_what_no_term_needs_is_not_given(teacher, batch):
+    of_kl, of_cos = lessons(teacher, [OBJECTIVES["kl alone"], OBJECTIVES["cos alone"]], batch)
+    assert of_kl.hidden is None
+    assert of_cos.features is None
+
+
 def test_the_teacher_is_not_asked_where_nobody_needs_it(teacher, batch, passes):
     assert lessons(teacher, [OBJECTIVES["no teacher"]] * 2, batch) == [None, None]
     assert lessons(None, [LossConfig(kl=0, cos=0)], batch) == [None]

@@ -13,6 +13,7 @@ from distilcb.data.loader import Cut, HeldoutBatches, MicroBatches, make_batch
 from distilcb.data.next_token import NextToken
 from distilcb.data.order import Order
 from distilcb.data.tokenizer import Vocabulary
+from distilcb.engine.lessons import lessons
 from distilcb.engine.step_module import StepModule
 from distilcb.eval.masked_lm import evaluate
 from distilcb.losses import reference
@@ -94,7 +95,7 @@ def test_sums_and_gradient_are_those_of_plain_pytorch_divided_by_the_global_coun
         batch = data[micro]
         rows = batch.labelled_rows
         soft = rows if kl_positions == "masked" else torch.cat([rows, batch.other_rows])
-        taught = teacher(batch.input_ids, soft, wants_hidden=True)
+        (taught,) = lessons(teacher, [loss], batch)
         value, sums = module(batch, taught, factors)
         found, total = found + value, total + sums
         ours = student(batch.input_ids, output_hidden_states=True)

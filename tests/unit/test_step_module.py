@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distilcb.config import LossConfig
+from distilcb.engine.lessons import lessons
 from distilcb.engine.step_module import StepModule, soft_rows
 from distilcb.losses import reference
 from distilcb.losses.triplet import TERMS, Counts, coefficients
@@ -48,9 +49,7 @@ def teacher_model(tiny_model):
 
 def run_step(student, teacher_model, loss, batch):
     """Loss and sums of StepModule, as the stepper calls it on one rank."""
-    output = None
-    if teacher_model is not None:
-        output = Teacher(teacher_model)(batch.input_ids, soft_rows(batch, loss), wants_hidden=bool(loss.cos))
+    (output,) = lessons(None if teacher_model is None else Teacher(teacher_model), [loss], batch)
     module = StepModule(student, family_of(student.config, where="student"), loss)
     return module(batch, output, coefficients(loss, COUNTS, world_size=1))
 
