@@ -278,7 +278,7 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
     if half != torch.float32:
         found[f"original loop, {place.precision}"] = Contender(_turn(original(half), full, case.accumulation))
     models = Models(Teacher(teacher.to(device, half)), student, family, tokenizer)
-    use_fast_layers(models, place)  # the original loops have copies of their own
+    use_fast_layers(models, place, compiled=config.train.compile)  # the original loops have copies of their own
     ours = Ours(case, config, place, models)
     found["ours"] = Contender(ours.step)
     found["ours, KL on masked"] = Contender(lambda: ours.step(kl_positions="masked"), masked_only=True)

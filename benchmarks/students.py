@@ -52,7 +52,7 @@ def students_of(case: Case, config: Config, place: Place) -> dict[int, Ours]:
     teacher = Teacher(model.to(place.device, DTYPES[place.precision]))
     models = {depth: Models(teacher, student, family, tokenizer) for depth, (student, family) in students.items()}
     for each in models.values():
-        use_fast_layers(each, place)
+        use_fast_layers(each, place, compiled=config.train.compile)
     return {depth: Ours(case, config, place, each) for depth, each in models.items()}
 
 
@@ -62,8 +62,6 @@ def measure(case: Case, session: Session, students: dict[int, Ours], positions: 
     turns: dict[str, Callable[[], Any]] = {
         f"{depth} layers": partial(each.step, kl_positions=positions) for depth, each in students.items()
     }
-    for each in students.values():
-        each.learn_at(positions)
     turns |= {"together": together(list(students.values())), TEACHER: teach(students[DEPTHS[0]])}
     seconds = in_turn(turns, rounds=rounds)
     sums = [sum(each) for each in zip(*(seconds[f"{depth} layers"] for depth in DEPTHS), strict=True)]

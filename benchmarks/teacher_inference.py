@@ -14,7 +14,7 @@ from side_by_side import in_turn, parser_of, table, tell
 from step import MINI, REAL, teacher_of
 
 from distilcb import distributed
-from distilcb.models.cpu_layers import use_cpu_inference
+from distilcb.models.cpu_layers import PackedLinear, use_cpu_inference
 from distilcb.models.teacher import Teacher
 
 BARE = "bare module"
@@ -23,7 +23,6 @@ BARE = "bare module"
 def main(words: list[str]) -> None:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--rounds", type=int, help="turns of each (default: 9, with --quick 2)")
-    parser.add_argument("--local_rank", help="set by launchers")
     options = parser.parse_args(words)
     distributed.start()
     device, rounds = distributed.device(), options.rounds or (2 if options.quick else 9)
@@ -33,10 +32,17 @@ def main(words: list[str]) -> None:
     if device.type == "cpu":
         packed = Teacher(copy.deepcopy(model))
         use_cpu_inference(packed.model, packed.family.layers(packed.model))
-        contenders["packed weights, plain attention"] = packed
+        if any(isinstance(each, PackedLinear) for each in packed.model.modules()):  # not every CPU can
+            contenders["packed weights, plain attention"] = packed
     figures: dict[str, Any] = {}
     parts = [measure(contenders, model, length, rounds, figures) for length in (128, 512)]
-    tell("The teacher's pass", "\n\n".join(parts), figures, options, "python benchmarks/teacher_inference.py")
+    tell(
+        "The teacher's pass",
+        "\n\n".join(parts),
+        figures,
+        options,
+        "python benchmarks/teacher_inference.py " + " ".join(words),
+    )
     distributed.stop()
 
 

@@ -34,19 +34,21 @@ def use_cpu_training(model: Any) -> None:
     _use_attention(model)
 
 
-def use_cpu_inference(model: Any, layers: torch.nn.Module) -> None:
+def use_cpu_inference(model: Any, layers: torch.nn.ModuleList) -> None:
     """Have a frozen transformers model on a CPU compute its `layers` this way for good; without bf16 it stays as it is.
 
-    The packed weights take the place of the plain ones, which the model then has no more.
+    Packed weights take the place of the plain ones. From then on the layers can only be run: not copied, hashed, saved
+    or moved.
     """
     if model.dtype != torch.bfloat16 or not _packs_bf16():
         return
-    for parent in list(layers.modules()):
-        for name, child in parent.named_children():
-            if type(child) is torch.nn.Linear:
-                setattr(parent, name, PackedLinear(child.weight, child.bias))
-            elif type(child) is Conv1D:
-                setattr(parent, name, PackedLinear(child.weight.t(), child.bias))
+    for layer in layers:  # one at a time, so that no more than its plain weights lie beside the packed ones
+        for parent in list(layer.modules()):
+            for name, child in parent.named_children():
+                if type(child) is torch.nn.Linear:
+                    setattr(parent, name, PackedLinear(child.weight, child.bias))
+                elif type(child) is Conv1D:
+                    setattr(parent, name, PackedLinear(child.weight.t(), child.bias))
     _use_attention(model)
 
 
@@ -108,10 +110,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float, causal: bool
     ) -> Tensor:
         """As `attention`."""
-        weights = (query * scaling) @ key.transpose(-1, -2)
-        if causal:
-            weights += torch.full(weights.shape[-2:], -torch.inf, dtype=weights.dtype).triu_(1)
-        _signed(torch.softmax(weights, -1, out=weights), dropout)
+        weights = _signed(_weights(query, key, scaling, causal=causal), dropout)
         ctx.save_for_backward(query, key, value, weights)
         ctx.scale, ctx.scaling = _scale(dropout), scaling
         return (weights.relu() @ value).mul_(ctx.scale)
@@ -140,18 +139,28 @@ def _attention_of_a_model(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls; whatever this room has no faster way for takes transformers' own."""
+    """What transformers calls; whatever this room has no faster way for takes transformers' own.
+
+    others: no supported family hands over any that changes what is computed.
+    """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is None and query.shape == key.shape:
         if dropout > 0:
             return attention(query, key, value, dropout=dropout, scaling=scale, causal=causal).transpose(1, 2), None
         if query.dtype == torch.bfloat16 and not causal and not torch.is_grad_enabled():
-            weights = (query * scale) @ key.transpose(-1, -2)
-            return (torch.softmax(weights, -1, out=weights) @ value).transpose(1, 2), None
+            return (_weights(query, key, scale) @ value).transpose(1, 2), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **others
     )
+
+
+def _weights(query: Tensor, key: Tensor, scaling: float, *, causal: bool = False) -> Tensor:
+    """Each token's shares in those that it looks at; (sequences, heads, tokens, tokens)."""
+    scores = (query * scaling) @ key.transpose(-1, -2)
+    if causal:
+        scores += torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu_(1)
+    return torch.softmax(scores, -1, out=scores)
 
 
 def _signed(values: Tensor, dropout: float) -> Tensor:

@@ -12,7 +12,7 @@ from distilcb.config import REPOSITORY
 # Parts of a layer import from those before it, and not from each other.
 LAYERS = [
     {"errors"},
-    {"launcher", "hub", "config"},
+    {"launcher", "hub", "config", "gpus"},
     {"recipe"},
     {"command_line", "machine"},
     {"distributed"},
