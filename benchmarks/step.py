@@ -43,6 +43,12 @@ MINI_TEXT = DEFAULT_RECIPE.parent / "mini" / "text" / "train"
 REAL = {"vocab_size": 32_005, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
 MINI = {"vocab_size": 8_005, "hidden_size": 96, "intermediate_size": 384, "num_attention_heads": 4}
 LAYERS = 12
+# Tokens of the shortest sequence that the first scripts keep.
+SHORTEST = 12
+PLAIN = "original loop, fp32"
+SENTENCES, DOCUMENTS = f"{PLAIN}, padded sentences", f"{PLAIN}, padded documents"
+# What the others are compared with, and the names of the ratios.
+BASELINES = {PLAIN: "original", SENTENCES: "padded_original", DOCUMENTS: "original_on_documents"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def cases(names: str, *, on_cuda: bool, quick: bool) -> list[Case]:
     elif quick:
         real, mini = [Case("real", REAL, 128, 2, 1)], [Case("mini", MINI, 128, 8, 2)]
     else:
-        real = [Case("real", REAL, 128, 8, 2), Case("real", REAL, 512, 2, 2)]
+        real = [Case("real", REAL, 128, 16, 1), Case("real", REAL, 512, 4, 1)]
         mini = [Case("mini", MINI, 128, 16, 2)]
     # What the first scripts were measured at: 98.5 tokens/s on one core (OMP_NUM_THREADS=1).
     chosen = {"real": real, "mini": mini, "first": [Case("real", REAL, 51, 5, 1)]}
@@ -166,7 +172,7 @@ class Contender:
 
     turn: Callable[[], tuple[int, int]]
     masked_only: bool = False
-    length: float | None = None
+    length: int | None = None
     tokens: list[tuple[int, int]] = field(default_factory=list)
 
     def __call__(self) -> None:
@@ -194,39 +200,31 @@ def measure(case: Case, session: Session) -> str:
     if profile:
         _profile(contenders["ours"], profile.with_stem(f"{profile.stem}_{case.name}_{case.length}"))
     turns = {name: each.speeds(seconds[name]) for name, each in contenders.items()}
-    plain, padded, rows = turns["original loop, fp32"], turns["original loop, fp32, padded"], []
+    rows = []
     for name, each in contenders.items():
         speed = statistics.median(turns[name])
-        share, ratio, ratio_padded = (
-            speed * _flops(case, each) / rate,
-            _over(turns[name], plain),
-            _over(turns[name], padded),
-        )
+        share = speed * _flops(case, each) / rate
+        over = {base: _over(turns[name], turns[base]) for base in BASELINES}
         session.figures[f"{case.name}, length {case.length}: {name}"] = {
             "tokens_per_second": speed,
-            "speed_over_original": ratio,
-            "speed_over_padded_original": ratio_padded,
+            **{f"speed_over_{key}": over[base] for base, key in BASELINES.items()},
             "share_of_product_rate": share,
             "peak_bytes": memory[name],
             "padding_share": each.padding,
         }
-        cells = (f"{speed:,.0f}", f"{ratio:.2f}", f"{ratio_padded:.2f}", f"{share:.0%}", f"{memory[name] / 1e6:,.0f}")
-        rows.append((name, *cells, f"{each.padding:.0%}"))
-    head = [
-        "",
-        "tokens/s",
-        "original, fp32 = 1",
-        "padded original = 1",
-        "of a product's rate",
-        "peak MB beyond the models",
-    ]
-    head.append("padding")
+        ratios = [f"{over[base]:.2f}" for base in BASELINES]
+        rows.append(
+            (name, f"{speed:,.0f}", *ratios, f"{share:.0%}", f"{memory[name] / 1e6:,.0f}", f"{each.padding:.0%}")
+        )
+    head = ["", "tokens/s", "original, fp32 = 1", "of sentences = 1", "of documents = 1", "of a product's rate"]
+    head += ["peak MB beyond the models", "padding"]
+    sentences, documents = (contenders[name].length for name in (SENTENCES, DOCUMENTS))
     return (
         f"## {case.name} size: hidden {case.sizes['hidden_size']}, vocabulary {case.sizes['vocab_size']:,}, length "
         f"{case.length}\n\n{LAYERS} to {LAYERS // 2} layers, {case.accumulation} micro-batch(es) of {case.micro_batch} "
         f"sequences a step, ours in {place.precision}; medians of {rounds} in turn, ratios taken turn by turn. Padded "
-        f"batches hold about as many tokens in sentences of {contenders['original loop, fp32, padded'].length:.0f} on "
-        f"average. A product runs at {rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
+        f"batches hold about as many tokens, in sentences of {sentences} or documents of {documents} on average. A "
+        f"product runs at {rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
     )
 
 
@@ -263,17 +261,24 @@ def contenders_of(case: Case, config: Config, place: Place) -> dict[str, Contend
         return padded_batches(lengths, size=size, vocab=case.sizes["vocab_size"], seed=0)
 
     full = batches([case.length] * 4096, case.micro_batch)
-    # Sentences, as many to a micro-batch as have about its tokens; repeated, so that each bin of lengths fills some.
-    sentences = sentence_lengths(tokenizer, case.length)
-    mean = statistics.mean(sentences)
-    rows = max(1, round(case.micro_batch * case.length / mean))
-    padded = batches(sentences * rows, rows)
     plain = original(torch.float32)
+
+    def padded(lines: list[str]) -> Contender:
+        """As many sequences to a micro-batch as have about its tokens."""
+        lengths = sequence_lengths(tokenizer, lines, case.length)
+        mean = statistics.mean(lengths)
+        rows = max(1, round(case.micro_batch * case.length / mean))
+        # Repeated, so that each bin of lengths fills some batches.
+        return Contender(_turn(plain, batches(lengths * rows, rows), case.accumulation), length=round(mean))
+
+    documents = shipped_documents()
+    sentences = [sentence for document in documents for sentence in re.split(r"(?<=[.!?])\s+", document)]
     on_masked = original(torch.float32, masked_only=True)
     found = {
-        "original loop, fp32": Contender(_turn(plain, full, case.accumulation)),
-        "original loop, fp32, padded": Contender(_turn(plain, padded, case.accumulation), length=mean),
-        "original loop, fp32, KL on masked": Contender(_turn(on_masked, full, case.accumulation), masked_only=True),
+        PLAIN: Contender(_turn(plain, full, case.accumulation)),
+        SENTENCES: padded(sentences),
+        DOCUMENTS: padded(documents),
+        f"{PLAIN}, KL on masked": Contender(_turn(on_masked, full, case.accumulation), masked_only=True),
     }
     if half != torch.float32:
         found[f"original loop, {place.precision}"] = Contender(_turn(original(half), full, case.accumulation))
@@ -296,11 +301,22 @@ def _turn(
     return turn
 
 
-def sentence_lengths(tokenizer: TextTokenizer, longest: int) -> list[int]:
-    """Tokens of the shipped text's sentences, two separators included, cut at `longest`."""
-    text = " ".join(path.read_text(encoding="utf-8") for path in sorted(MINI_TEXT.glob("*.txt")))
-    sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", text) if sentence.strip()]
-    return [min(len(ids), longest) for ids in tokenizer.hugging_face(sentences)["input_ids"]]
+def shipped_documents() -> list[str]:
+    """The lines of the shipped text."""
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(MINI_TEXT.glob("*.txt")))
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def sequence_lengths(tokenizer: TextTokenizer, lines: list[str], longest: int) -> list[int]:
+    """Tokens of the sequences that the first scripts make of lines of text, two separators included in each.
+
+    A sequence a line; lines too long are cut in pieces, and pieces of under 12 tokens left out.
+    """
+    pieces = []
+    for ids in tokenizer.hugging_face(lines, add_special_tokens=False)["input_ids"]:
+        whole, rest = divmod(len(ids), longest - 2)
+        pieces += [longest] * whole + [rest + 2] * (rest > 0)
+    return [length for length in pieces if length >= SHORTEST]
 
 
 def _flops(case: Case, contender: Contender) -> float:
@@ -308,7 +324,7 @@ def _flops(case: Case, contender: Contender) -> float:
         sizes = case.sizes
         return ModelShape(layers, sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"])
 
-    share, length = 0.15 if contender.masked_only else 1.0, round(contender.length or case.length)
+    share, length = 0.15 if contender.masked_only else 1.0, contender.length or case.length
     return flops_per_token(shape(LAYERS // 2), shape(LAYERS), seq_len=length, soft_share=share, head_share=share)
 
 

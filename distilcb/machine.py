@@ -96,14 +96,15 @@ def compiled_operators_folder() -> Path:
 
 def is_compiled(operator: str) -> bool:
     """Whether an operator, such as fused_adam, is compiled for this environment: by torch, or with DeepSpeed itself."""
-    return _torch_has_compiled(operator) or _came_with_deepspeed(operator)
+    return compiled_operator(operator) is not None or _came_with_deepspeed(operator)
 
 
-def _torch_has_compiled(operator: str) -> bool:
-    folder = compiled_operators_folder()
+def compiled_operator(operator: str) -> Path | None:
+    """The file that torch has compiled an operator to, or None."""
+    folder, file = compiled_operators_folder(), Path(operator, f"{operator}.so")
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return (folder / operator / f"{operator}.so").is_file()
-    return any(folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*/{operator}/{operator}.so"))
+        return folder / file if (folder / file).is_file() else None
+    return next(folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*/{file}"), None)
 
 
 def _came_with_deepspeed(operator: str) -> bool:

@@ -1,6 +1,6 @@
-"""DeepSpeed's compiled operators, built once ahead of time: python -m distilcb.engine.operators
+"""The compiled operators, DeepSpeed's and our own, built once ahead of time: python -m distilcb.engine.operators
 
-DeepSpeed builds them at first use otherwise, for about a minute and in every rank at once. Run by `make` after the
+DeepSpeed builds its own at first use otherwise, for about a minute and in every rank at once. Run by `make` after the
 installation; on a cluster, once on a node of the kind that will train.
 """
 
@@ -11,6 +11,7 @@ import time
 
 from distilcb.distributed import exit_code
 from distilcb.errors import LaunchError
+from distilcb.losses import logit_cpu
 from distilcb.machine import compiled_operators_folder, is_compiled, use_own_tools, uses_cuda, wait_for_compiler
 
 FUSED_ADAM, CPU_COMMUNICATION = "fused_adam", "deepspeed_shm_comm"
@@ -21,7 +22,7 @@ _BUILD = "from distilcb.engine.operators import build_here; build_here()"
 
 def needed_operators() -> tuple[str, ...]:
     """The operators that training uses on this machine."""
-    return (FUSED_ADAM,) if uses_cuda() else (FUSED_ADAM, CPU_COMMUNICATION)
+    return (FUSED_ADAM,) if uses_cuda() else (FUSED_ADAM, CPU_COMMUNICATION, logit_cpu.OPERATOR)
 
 
 def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
@@ -35,9 +36,9 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         wait_for_compiler(name)
     waiting = [name for name in needed_operators() if not is_compiled(name)]
     if not waiting:
-        print("DeepSpeed's operators are compiled already", flush=True)
+        print("the operators are compiled already", flush=True)
         return
-    print(f"compiling DeepSpeed's operators ({', '.join(waiting)}): about a minute, once", flush=True)
+    print(f"compiling operators ({', '.join(waiting)}): about a minute, once", flush=True)
     started = time.perf_counter()
     try:
         done = subprocess.run(
@@ -55,7 +56,7 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise LaunchError(
-            f"DeepSpeed's operators cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: ninja and a C++ "
+            f"the operators cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: ninja and a C++ "
             "compiler (apt-get install g++, or module load gcc); for a GPU also nvcc, of torch's CUDA version."
         )
     print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
@@ -67,7 +68,10 @@ def build_here() -> None:
 
     builders = {FUSED_ADAM: "FusedAdamBuilder", CPU_COMMUNICATION: "ShareMemCommBuilder"}
     for name in needed_operators():
-        get_accelerator().create_op_builder(builders[name]).load(verbose=False)
+        if name == logit_cpu.OPERATOR:
+            logit_cpu.compile_here()
+        else:
+            get_accelerator().create_op_builder(builders[name]).load(verbose=False)
 
 
 def _main(_words: list[str]) -> None:

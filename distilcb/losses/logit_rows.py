@@ -55,6 +55,10 @@ def take_rows(
         from distilcb.losses.logit_kernel import take_rows_in_kernel
 
         return take_rows_in_kernel(student, teacher, labels, terms, scale, wants_gradient)
+    from distilcb.losses import logit_cpu
+
+    if logit_cpu.takes(student, scale):
+        return logit_cpu.take_rows_in_cpp(student, teacher, labels, terms, wants_gradient)
     return take_rows_vectorised(student, teacher, labels, terms, scale, wants_gradient)
 
 

@@ -1,5 +1,6 @@
-"""The head's pass over logits, vectorised and as a Triton kernel, against the plain terms in float64."""
+"""The head's pass over logits, vectorised, in C++ and as a Triton kernel, against the plain terms in float64."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -7,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from distilcb.losses import reference
-from distilcb.losses.logit_rows import LogitTerms, take_rows_vectorised
+from distilcb.losses import logit_cpu, reference
+from distilcb.losses.logit_rows import LogitTerms, take_rows, take_rows_vectorised
 
 triton = pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of torch and with .[dev]")
 
@@ -25,13 +26,28 @@ def kernel(monkeypatch):
     return module.take_rows_in_kernel
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The library of logit_rows.cpp as it stands."""
+    folder = tmp_path_factory.mktemp("operators")
+    logit_cpu.compile_here(folder)
+    return ctypes.CDLL(str(folder / f"{logit_cpu.OPERATOR}.so"))
+
+
+@pytest.fixture
+def in_cpp(monkeypatch, compiled):
+    """take_rows_in_cpp."""
+    monkeypatch.setattr(logit_cpu, "library", lambda: compiled)
+    return logit_cpu.take_rows_in_cpp
+
+
 ROWS, SOFT, VOCAB = 7, 5, 150
 
 
-def logits(rows, seed, dtype=torch.float32):
+def logits(rows, seed, dtype=torch.float32, vocab=VOCAB, device=DEVICE):
     """As trained models spread them, in rows that lie further apart than they are long."""
     generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.randn(rows, VOCAB + 10, generator=generator) + 5).to(DEVICE, dtype)[:, :VOCAB]
+    return (3 * torch.randn(rows, vocab + 10, generator=generator) + 5).to(device, dtype)[:, :vocab]
 
 
 def in_float64(student, teacher, labels, terms):
@@ -51,19 +67,19 @@ def in_float64(student, teacher, labels, terms):
 PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
+TERMS = [
+    LogitTerms(kl=1.0, mlm=0.4, mse=0.0, temperature=2.0),
+    LogitTerms(kl=1.0, mlm=0.0, mse=0.0, temperature=0.5),
+    LogitTerms(kl=0.0, mlm=1.0, mse=0.0, temperature=1.0),
+    LogitTerms(kl=0.2, mlm=0.0, mse=1.0, temperature=1.0),
+    LogitTerms(kl=0.2, mlm=0.1, mse=1.0, temperature=4.0),
+]
+
+
 @pytest.mark.parametrize("by", ["kernel", "vectorised"])
 @pytest.mark.parametrize("scale", [None, 256.0])
 @pytest.mark.parametrize("dtype", PRECISION)
-@pytest.mark.parametrize(
-    "terms",
-    [
-        LogitTerms(kl=1.0, mlm=0.4, mse=0.0, temperature=2.0),
-        LogitTerms(kl=1.0, mlm=0.0, mse=0.0, temperature=0.5),
-        LogitTerms(kl=0.0, mlm=1.0, mse=0.0, temperature=1.0),
-        LogitTerms(kl=0.2, mlm=0.0, mse=1.0, temperature=1.0),
-        LogitTerms(kl=0.2, mlm=0.1, mse=1.0, temperature=4.0),
-    ],
-)
+@pytest.mark.parametrize("terms", TERMS)
 def test_a_pass_gives_the_sums_and_gradients_of_the_reference(kernel, terms, dtype, scale, by):
     student, teacher = logits(ROWS, 1, dtype), logits(SOFT, 2, dtype)
     labels = torch.tensor([0, VOCAB - 1, 64], device=DEVICE)
@@ -82,6 +98,102 @@ def test_a_pass_gives_the_sums_and_gradients_of_the_reference(kernel, terms, dty
         atol=(1e-7 if dtype != torch.float32 else 1e-6) * (scale or 1),
     )
     assert wanted_gradient.abs().max() > 0.01 * (scale or 1)
+
+
+@pytest.mark.parametrize("vocab", [1, 150, 5000])  # several blocks of 2,048 words, the last not full
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("terms", TERMS)
+def test_a_pass_in_cpp_gives_the_sums_and_gradients_of_the_reference(in_cpp, terms, dtype, vocab):
+    student, teacher = (logits(rows, rows, dtype, vocab, "cpu") for rows in (ROWS, SOFT))
+    labels = torch.tensor([0, vocab - 1, vocab // 2])
+    wanted, wanted_gradient = in_float64(student, teacher, labels, terms)
+    found = in_cpp(student, teacher, labels, terms, True)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(
+        student.double(), wanted_gradient, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
+
+
+def test_cpp_rounds_gradients_to_the_nearest(in_cpp):
+    precise, rounded = (
+        logits(ROWS, 1, torch.bfloat16, device="cpu").to(dtype) for dtype in (torch.float32, torch.bfloat16)
+    )
+    teacher, labels = logits(SOFT, 2, torch.bfloat16, device="cpu"), torch.tensor([4, 0, 149])
+    in_cpp(precise, teacher.float(), labels, TERMS[0], True)
+    in_cpp(rounded, teacher, labels, TERMS[0], True)
+    assert ((rounded.float() - precise).abs() <= 1.01 * 2**-8 * precise.abs() + 1e-7).all()
+    assert (rounded != precise.bfloat16()).float().mean() < 0.01
+
+
+def test_a_pass_in_cpp_does_not_depend_on_threads(in_cpp):
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            student, teacher = (
+                logits(ROWS, 1, torch.bfloat16, device="cpu"),
+                logits(SOFT, 2, torch.bfloat16, device="cpu"),
+            )
+            found.append((in_cpp(student, teacher, torch.tensor([4, 0, 149]), TERMS[0], True), student))
+    finally:
+        torch.set_num_threads(before)
+    (sums, gradient), (other_sums, other_gradient) = found
+    assert torch.equal(sums, other_sums)
+    assert torch.equal(gradient, other_gradient)
+
+
+def test_cpp_leaves_the_logits_alone_where_no_gradient_is_wanted_and_nothing_of_a_row_that_no_term_needs(in_cpp):
+    student, teacher = logits(ROWS, 1, device="cpu"), logits(2, 2, device="cpu")
+    before, terms = student.clone(), TERMS[0]
+    labels = torch.tensor([4, 7, 9])
+    sums = in_cpp(student, teacher, labels, terms, False)
+    assert torch.equal(student, before)
+    assert torch.equal(in_cpp(student, teacher, labels, terms, True), sums)
+    assert student[:3].abs().sum(1).min() > 0.01
+    assert student[3:].abs().max() == 0
+
+
+def test_cpp_gives_zero_for_a_student_that_is_its_teacher(in_cpp):
+    student, teacher = logits(ROWS, 1, device="cpu"), logits(ROWS, 1, device="cpu")
+    terms = LogitTerms(kl=1.0, mlm=0.0, mse=1.0, temperature=2.0)
+    assert in_cpp(student, teacher, torch.empty(0, dtype=torch.int64), terms, True).tolist() == [0, 0, 0]
+    assert student.abs().max() == 0
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_lost_in_cpp(in_cpp, wrong):
+    student, teacher = logits(2, 1, torch.bfloat16, device="cpu"), logits(2, 2, torch.bfloat16, device="cpu")
+    student[1, 70] = wrong
+    sums = in_cpp(student, teacher, torch.tensor([3, 3]), TERMS[0], True)
+    assert not sums[:2].isfinite().any()
+    assert student[0].isfinite().all()
+    assert student[1].isnan().any()
+
+
+def test_large_and_far_apart_logits_stay_in_range_in_cpp(in_cpp):
+    student, teacher = torch.full((1, 3), -1e4), torch.full((1, 3), -1e4)
+    student[0, 0], teacher[0, 1] = 1e4, 3e4
+    sums = in_cpp(student, teacher, torch.tensor([2]), LogitTerms(kl=1.0, mlm=1.0, mse=0.0, temperature=1.0), True)
+    assert sums.tolist() == [2e4, 2e4, 0]
+    torch.testing.assert_close(student, torch.tensor([[2.0, -1.0, -1.0]]))
+
+
+def test_a_label_outside_the_vocabulary_is_refused_in_cpp_and_nothing_is_written(in_cpp):
+    student = logits(2, 1, device="cpu")
+    before = student.clone()
+    with pytest.raises(IndexError, match="1 of 2 labels"):
+        in_cpp(student, None, torch.tensor([3, VOCAB]), LogitTerms(kl=0.0, mlm=1.0, mse=0.0, temperature=1.0), True)
+    assert torch.equal(student, before)
+
+
+@pytest.mark.parametrize(("dtype", "used"), [(torch.bfloat16, True), (torch.float32, True), (torch.float16, False)])
+def test_the_compiled_pass_is_taken_where_it_can_be(in_cpp, monkeypatch, dtype, used):
+    calls = []
+    monkeypatch.setattr(logit_cpu, "take_rows_in_cpp", lambda *asked: calls.append(1) or in_cpp(*asked))
+    student, teacher, labels = logits(2, 1, dtype, device="cpu"), logits(2, 2, dtype, device="cpu"), torch.tensor([3])
+    wanted = take_rows_vectorised(student.clone(), teacher, labels, TERMS[0], None, False)
+    torch.testing.assert_close(take_rows(student, teacher, labels, TERMS[0]), wanted, rtol=1e-5, atol=1e-5)
+    assert bool(calls) == used
 
 
 def test_kernel_leaves_the_logits_alone_where_no_gradient_is_wanted(kernel):

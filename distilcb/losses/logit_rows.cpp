@@ -1,0 +1,217 @@
+// distilcb.losses.logit_rows for a CPU: each row of logits read twice and its gradient written once.
+//
+// Plain C++ without torch's headers, which take half a minute to compile. Loops are written so that a compiler
+// vectorises them, and functions with loops are not inlined: gcc 12 then no longer does so, and a chunk takes three
+// times as long. distilcb/losses/logit_cpu.py calls what is here.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#define APART __attribute__((noinline))
+
+namespace {
+
+struct Terms {
+    float kl, mlm, mse, inverse_temperature;
+};
+
+// Columns whose sums are taken in fp32; those of all blocks are added up in fp64.
+constexpr int64_t BLOCK = 2048;
+
+inline float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline uint32_t to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// A bf16 is the upper half of an fp32.
+struct BFloat16 {
+    uint16_t bits;
+    operator float() const { return from_bits(uint32_t(bits) << 16); }
+    void set(float value) {  // to the nearest, of two the even one; NaN, whose bits could carry over, stays one
+        const uint32_t exact = to_bits(value);
+        const uint32_t rounded = (exact + 0x7fff + ((exact >> 16) & 1)) >> 16;
+        bits = uint16_t(value != value ? 0x7fc0 : rounded);
+    }
+};
+
+struct Float32 {
+    float value;
+    operator float() const { return value; }
+    void set(float other) { value = other; }
+};
+
+// e^x for x <= 0, to 2 units in the last place: x = n ln 2 + r, and a polynomial for e^r, |r| <= ln 2 / 2 (its Taylor
+// series to r^7). Below -87 it stays at e^-87, 1.6e-38: there fp32's normal numbers end. NaN gives NaN.
+inline float exponential(float x) {
+    const float bounded = x < -87.0f ? -87.0f : x;
+    const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are n
+    const float n = shifted - 12582912.0f;
+    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact
+    float sum = 1.0f / 5040;
+    sum = sum * r + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    sum = sum * r + 1.0f;
+    sum = sum * r + 1.0f;
+    const float power = from_bits((to_bits(shifted) + 127) << 23);
+    return sum * power;
+}
+
+template <class Number>
+APART float largest(const Number* row, int64_t vocab) {
+    float found = -INFINITY;
+#pragma omp simd reduction(max : found)
+    for (int64_t i = 0; i < vocab; ++i) {
+        const float value = row[i];
+        found = value > found ? value : found;
+    }
+    return found;
+}
+
+// exps[i] = e^((row[i] - top) factor), and their sum.
+template <class Number>
+APART double exponentials(const Number* row, int64_t vocab, float top, float factor, float* exps) {
+    double total = 0;
+    for (int64_t first = 0; first < vocab; first += BLOCK) {
+        const int64_t last = first + BLOCK < vocab ? first + BLOCK : vocab;
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = first; i < last; ++i) {
+            const float each = exponential((float(row[i]) - top) * factor);
+            exps[i] = each;
+            sum += each;
+        }
+        total += sum;
+    }
+    return total;
+}
+
+// Sums of weights (teacher - student), and of the square of the difference.
+template <class Number>
+APART void differences(const Number* student, const Number* teacher, const float* weights, int64_t vocab,
+                       double* crossed, double* squares) {
+    *crossed = *squares = 0;
+    for (int64_t first = 0; first < vocab; first += BLOCK) {
+        const int64_t last = first + BLOCK < vocab ? first + BLOCK : vocab;
+        float cross = 0, square = 0;
+#pragma omp simd reduction(+ : cross, square)
+        for (int64_t i = first; i < last; ++i) {
+            const float distance = float(teacher[i]) - float(student[i]);
+            cross += weights[i] * distance;
+            square += distance * distance;
+        }
+        *crossed += cross;
+        *squares += square;
+    }
+}
+
+// The gradient with respect to a logit, made of factors. ratio: of the sums of exponentials, ours to theirs, so that
+// the gradient of a student that is its teacher is exactly 0, in fused multiplications too.
+struct Gradient {
+    float ours, ratio, distance, plain;
+
+    template <bool SOFT, bool MSE, bool HARD>
+    float of(float student, float teacher, float our_exp, float their_exp, float plain_exp) const {
+        float sum = 0;
+        if (SOFT) sum += (our_exp - their_exp * ratio) * ours;
+        if (MSE) sum += (student - teacher) * distance;
+        if (HARD) sum += plain_exp * plain;
+        return sum;
+    }
+};
+
+template <bool SOFT, bool MSE, bool HARD, class Number>
+APART void write(Number* student, const Number* teacher, const float* ours, const float* theirs, const float* plain,
+                 int64_t vocab, Gradient gradient) {
+#pragma omp simd
+    for (int64_t i = 0; i < vocab; ++i)
+        student[i].set(gradient.of<SOFT, MSE, HARD>(student[i], MSE ? float(teacher[i]) : 0.0f, SOFT ? ours[i] : 0.0f,
+                                                    SOFT ? theirs[i] : 0.0f, HARD ? plain[i] : 0.0f));
+}
+
+// One row. The arrays of `space` are of its length. teacher: nullptr where there is none; label: -1 likewise.
+// sums: kl, mlm, mse. student becomes the gradient.
+template <class Number>
+void take_row(Number* student, const Number* teacher, int64_t label, int64_t vocab, Terms terms, bool wants_gradient,
+              std::vector<float>* space, float* sums) {
+    float *ours = space[0].data(), *theirs = space[1].data(), *plain = space[2].data();
+    const float inverse = terms.inverse_temperature, top = largest(student, vocab);
+    Gradient gradient{0, 0, 2 * terms.mse, 0};
+    sums[0] = sums[1] = sums[2] = 0;
+    if (teacher) {
+        const float teacher_top = largest(teacher, vocab);
+        const double exps = exponentials(student, vocab, top, inverse, ours);
+        const double teacher_exps = exponentials(teacher, vocab, teacher_top, inverse, theirs);
+        double crossed, squares;
+        differences(student, teacher, theirs, vocab, &crossed, &squares);
+        // Sum of p (log p - log q): the distance of the logits less that of the log-sum-exps.
+        const double kl = (crossed / teacher_exps + top - teacher_top) * inverse + std::log(exps / teacher_exps);
+        if (terms.kl) sums[0] = float(kl / (double(inverse) * inverse));
+        if (terms.mse) sums[2] = float(squares);
+        gradient.ours = float(terms.kl / inverse / exps);
+        gradient.ratio = float(exps / teacher_exps);
+    }
+    if (label >= 0) {
+        const double exps = exponentials(student, vocab, top, 1.0f, plain);
+        sums[1] = float(std::log(exps) + top - float(student[label]));
+        gradient.plain = float(terms.mlm / exps);
+        plain[label] -= float(exps);  // times the factor: its probability less one
+    }
+    if (!wants_gradient) return;
+    const bool mse = teacher && terms.mse != 0;
+    auto writer = write<false, false, false, Number>;
+    if (label >= 0)
+        writer = mse       ? write<true, true, true, Number>
+                 : teacher ? write<true, false, true, Number>
+                           : write<false, false, true, Number>;
+    else if (teacher)
+        writer = mse ? write<true, true, false, Number> : write<true, false, false, Number>;
+    writer(student, teacher, ours, theirs, plain, vocab, gradient);
+}
+
+// Strides in numbers. by_row: (rows, 3) sums. The teacher has the first soft_rows rows, labels the first hard_rows.
+// Returns how many labels are none of the vocabulary; if any, nothing is done.
+template <class Number>
+int64_t take_rows(Number* student, int64_t stride, const Number* teacher, int64_t teacher_stride,
+                  const int64_t* labels, int64_t rows, int64_t soft_rows, int64_t hard_rows, int64_t vocab,
+                  Terms terms, bool wants_gradient, int threads, float* by_row) {
+    const int64_t wrong = std::count_if(labels, labels + hard_rows, [=](int64_t l) { return l < 0 || l >= vocab; });
+    if (wrong) return wrong;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> space[3];
+        for (auto& each : space) each.resize(vocab);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row)
+            take_row(student + row * stride, row < soft_rows ? teacher + row * teacher_stride : nullptr,
+                     row < hard_rows ? labels[row] : -1, vocab, terms, wants_gradient, space, by_row + 3 * row);
+    }
+    return 0;
+}
+
+}  // namespace
+
+#define TAKE_ROWS(NAME, NUMBER)                                                                                     \
+    extern "C" int64_t NAME(void* student, int64_t stride, const void* teacher, int64_t teacher_stride,             \
+                            const int64_t* labels, int64_t rows, int64_t soft_rows, int64_t hard_rows,              \
+                            int64_t vocab, float kl, float mlm, float mse, float inverse_temperature,               \
+                            int wants_gradient, int threads, float* by_row) {                                       \
+        return take_rows(static_cast<NUMBER*>(student), stride, static_cast<const NUMBER*>(teacher), teacher_stride, \
+                         labels, rows, soft_rows, hard_rows, vocab, Terms{kl, mlm, mse, inverse_temperature},       \
+                         wants_gradient != 0, threads, by_row);                                                     \
+    }
+
+TAKE_ROWS(distilcb_take_rows_bf16, BFloat16)
+TAKE_ROWS(distilcb_take_rows_fp32, Float32)
