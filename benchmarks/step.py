@@ -223,8 +223,8 @@ def measure(case: Case, session: Session) -> str:
         f"## {case.name} size: hidden {case.sizes['hidden_size']}, vocabulary {case.sizes['vocab_size']:,}, length "
         f"{case.length}\n\n{LAYERS} to {LAYERS // 2} layers, {case.accumulation} micro-batch(es) of {case.micro_batch} "
         f"sequences a step, ours in {place.precision}; medians of {rounds} in turn, ratios taken turn by turn. Padded "
-        f"batches hold about as many tokens, in sentences of {sentences} or documents of {documents} on average. A "
-        f"product runs at {rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
+        f"batches hold about as many tokens, in sentences of {sentences} or pieces of documents of {documents} on "
+        f"average. A product runs at {rate / 1e12:.2f} TFLOP/s.\n\n" + table(head, rows)
     )
 
 

@@ -102,8 +102,10 @@ def is_compiled(operator: str) -> bool:
 def compiled_operator(operator: str) -> Path | None:
     """The file that torch has compiled an operator to, or None."""
     folder, file = compiled_operators_folder(), Path(operator, f"{operator}.so")
+    if (folder / file).is_file():
+        return folder / file
     if os.environ.get("TORCH_EXTENSIONS_DIR"):
-        return folder / file if (folder / file).is_file() else None
+        return None
     return next(folder.glob(f"py{sys.version_info.major}{sys.version_info.minor}*/{file}"), None)
 
 

@@ -21,8 +21,8 @@ _BUILD = "from distilcb.engine.operators import build_here; build_here()"
 
 
 def needed_operators() -> tuple[str, ...]:
-    """The operators that training uses on this machine."""
-    return (FUSED_ADAM,) if uses_cuda() else (FUSED_ADAM, CPU_COMMUNICATION, logit_cpu.OPERATOR)
+    """DeepSpeed's operators that training uses on this machine."""
+    return (FUSED_ADAM,) if uses_cuda() else (FUSED_ADAM, CPU_COMMUNICATION)
 
 
 def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
@@ -36,9 +36,9 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         wait_for_compiler(name)
     waiting = [name for name in needed_operators() if not is_compiled(name)]
     if not waiting:
-        print("the operators are compiled already", flush=True)
+        print("DeepSpeed's operators are compiled already", flush=True)
         return
-    print(f"compiling operators ({', '.join(waiting)}): about a minute, once", flush=True)
+    print(f"compiling DeepSpeed's operators ({', '.join(waiting)}): about a minute, once", flush=True)
     started = time.perf_counter()
     try:
         done = subprocess.run(
@@ -56,10 +56,22 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise LaunchError(
-            f"the operators cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: ninja and a C++ "
+            f"DeepSpeed's operators cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: ninja and a C++ "
             "compiler (apt-get install g++, or module load gcc); for a GPU also nvcc, of torch's CUDA version."
         )
     print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def build_own() -> None:
+    """Build what of ours is compiled: for a CPU the head's pass over logits, which has a slower stand-in."""
+    use_own_tools()
+    if uses_cuda() or is_compiled(logit_cpu.OPERATOR):
+        return
+    print("compiling the head's pass over logits: a few seconds, once", flush=True)
+    try:
+        logit_cpu.compile_here()
+    except (OSError, RuntimeError) as error:
+        print(f"it cannot be compiled, and steps take up to a tenth longer: {error}", file=sys.stderr)
 
 
 def build_here() -> None:
@@ -68,14 +80,12 @@ def build_here() -> None:
 
     builders = {FUSED_ADAM: "FusedAdamBuilder", CPU_COMMUNICATION: "ShareMemCommBuilder"}
     for name in needed_operators():
-        if name == logit_cpu.OPERATOR:
-            logit_cpu.compile_here()
-        else:
-            get_accelerator().create_op_builder(builders[name]).load(verbose=False)
+        get_accelerator().create_op_builder(builders[name]).load(verbose=False)
 
 
 def _main(_words: list[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    build_own()
     try:
         build_operators()
     except LaunchError as error:

@@ -8,7 +8,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+
+#include <omp.h>
 
 #define APART __attribute__((noinline))
 
@@ -98,18 +99,18 @@ APART double exponentials(const Number* row, int64_t vocab, float top, float fac
     return total;
 }
 
-// Sums of weights (teacher - student), and of the square of the difference.
+// Sums of weights times the distance of teacher and student, each below its top, and of the square of their difference.
 template <class Number>
-APART void differences(const Number* student, const Number* teacher, const float* weights, int64_t vocab,
-                       double* crossed, double* squares) {
+APART void differences(const Number* student, float top, const Number* teacher, float teacher_top, const float* weights,
+                       int64_t vocab, double* crossed, double* squares) {
     *crossed = *squares = 0;
     for (int64_t first = 0; first < vocab; first += BLOCK) {
         const int64_t last = first + BLOCK < vocab ? first + BLOCK : vocab;
         float cross = 0, square = 0;
 #pragma omp simd reduction(+ : cross, square)
         for (int64_t i = first; i < last; ++i) {
-            const float distance = float(teacher[i]) - float(student[i]);
-            cross += weights[i] * distance;
+            const float theirs = teacher[i], ours = student[i], distance = theirs - ours;
+            cross += weights[i] * ((theirs - teacher_top) - (ours - top));
             square += distance * distance;
         }
         *crossed += cross;
@@ -141,12 +142,12 @@ APART void write(Number* student, const Number* teacher, const float* ours, cons
                                                     SOFT ? theirs[i] : 0.0f, HARD ? plain[i] : 0.0f));
 }
 
-// One row. The arrays of `space` are of its length. teacher: nullptr where there is none; label: -1 likewise.
+// One row. space: three times its length. teacher: nullptr where there is none; label: -1 likewise.
 // sums: kl, mlm, mse. student becomes the gradient.
 template <class Number>
 void take_row(Number* student, const Number* teacher, int64_t label, int64_t vocab, Terms terms, bool wants_gradient,
-              std::vector<float>* space, float* sums) {
-    float *ours = space[0].data(), *theirs = space[1].data(), *plain = space[2].data();
+              float* space, float* sums) {
+    float *ours = space, *theirs = space + vocab, *plain = space + 2 * vocab;
     const float inverse = terms.inverse_temperature, top = largest(student, vocab);
     Gradient gradient{0, 0, 2 * terms.mse, 0};
     sums[0] = sums[1] = sums[2] = 0;
@@ -155,9 +156,9 @@ void take_row(Number* student, const Number* teacher, int64_t label, int64_t voc
         const double exps = exponentials(student, vocab, top, inverse, ours);
         const double teacher_exps = exponentials(teacher, vocab, teacher_top, inverse, theirs);
         double crossed, squares;
-        differences(student, teacher, theirs, vocab, &crossed, &squares);
+        differences(student, top, teacher, teacher_top, theirs, vocab, &crossed, &squares);
         // Sum of p (log p - log q): the distance of the logits less that of the log-sum-exps.
-        const double kl = (crossed / teacher_exps + top - teacher_top) * inverse + std::log(exps / teacher_exps);
+        const double kl = crossed / teacher_exps * inverse + std::log(exps / teacher_exps);
         if (terms.kl) sums[0] = float(kl / (double(inverse) * inverse));
         if (terms.mse) sums[2] = float(squares);
         gradient.ours = float(terms.kl / inverse / exps);
@@ -181,23 +182,19 @@ void take_row(Number* student, const Number* teacher, int64_t label, int64_t voc
     writer(student, teacher, ours, theirs, plain, vocab, gradient);
 }
 
-// Strides in numbers. by_row: (rows, 3) sums. The teacher has the first soft_rows rows, labels the first hard_rows.
+// Strides in numbers. space: (threads, 3, vocab). by_row: (rows, 3) sums. The teacher has the first soft_rows rows, labels the first hard_rows.
 // Returns how many labels are none of the vocabulary; if any, nothing is done.
 template <class Number>
 int64_t take_rows(Number* student, int64_t stride, const Number* teacher, int64_t teacher_stride,
                   const int64_t* labels, int64_t rows, int64_t soft_rows, int64_t hard_rows, int64_t vocab,
-                  Terms terms, bool wants_gradient, int threads, float* by_row) {
+                  Terms terms, bool wants_gradient, int threads, float* space, float* by_row) {
     const int64_t wrong = std::count_if(labels, labels + hard_rows, [=](int64_t l) { return l < 0 || l >= vocab; });
     if (wrong) return wrong;
-#pragma omp parallel num_threads(threads)
-    {
-        std::vector<float> space[3];
-        for (auto& each : space) each.resize(vocab);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; ++row)
-            take_row(student + row * stride, row < soft_rows ? teacher + row * teacher_stride : nullptr,
-                     row < hard_rows ? labels[row] : -1, vocab, terms, wants_gradient, space, by_row + 3 * row);
-    }
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t row = 0; row < rows; ++row)
+        take_row(student + row * stride, row < soft_rows ? teacher + row * teacher_stride : nullptr,
+                 row < hard_rows ? labels[row] : -1, vocab, terms, wants_gradient,
+                 space + omp_get_thread_num() * 3 * vocab, by_row + 3 * row);
     return 0;
 }
 
@@ -207,10 +204,10 @@ int64_t take_rows(Number* student, int64_t stride, const Number* teacher, int64_
     extern "C" int64_t NAME(void* student, int64_t stride, const void* teacher, int64_t teacher_stride,             \
                             const int64_t* labels, int64_t rows, int64_t soft_rows, int64_t hard_rows,              \
                             int64_t vocab, float kl, float mlm, float mse, float inverse_temperature,               \
-                            int wants_gradient, int threads, float* by_row) {                                       \
+                            int wants_gradient, int threads, float* space, float* by_row) {                         \
         return take_rows(static_cast<NUMBER*>(student), stride, static_cast<const NUMBER*>(teacher), teacher_stride, \
                          labels, rows, soft_rows, hard_rows, vocab, Terms{kl, mlm, mse, inverse_temperature},       \
-                         wants_gradient != 0, threads, by_row);                                                     \
+                         wants_gradient != 0, threads, space, by_row);                                              \
     }
 
 TAKE_ROWS(distilcb_take_rows_bf16, BFloat16)

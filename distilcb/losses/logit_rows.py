@@ -1,9 +1,9 @@
 """The pass over a chunk of logits: loss sums, and in the student's place the gradient with respect to it.
 
 Every row is taken by itself: log-sum-exps of student and teacher, KL at temperature T, cross-entropy at its label,
-squared distance. On a CPU a few rows at a time go through vectorised operations, so that what one of them writes is
-still in the cache when the next one reads it; on CUDA a Triton kernel takes a row a program. docs/objective.md derives
-the formulas.
+squared distance. On CUDA a Triton kernel takes a row a program, on a CPU compiled C++ a row at a time; elsewhere a few
+rows at a time go through vectorised operations, so that what one of them writes is still in the cache when the next one
+reads it. docs/objective.md derives the formulas.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def take_rows(
         return take_rows_in_kernel(student, teacher, labels, terms, scale, wants_gradient)
     from distilcb.losses import logit_cpu
 
-    if logit_cpu.takes(student, scale):
+    if logit_cpu.takes(student, teacher, labels, scale):
         return logit_cpu.take_rows_in_cpp(student, teacher, labels, terms, wants_gradient)
     return take_rows_vectorised(student, teacher, labels, terms, scale, wants_gradient)
 

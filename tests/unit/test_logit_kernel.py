@@ -1,9 +1,10 @@
 """The head's pass over logits, vectorised, in C++ and as a Triton kernel, against the plain terms in float64."""
 
-import ctypes
+import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,43 +12,64 @@ import torch
 from distilcb.losses import logit_cpu, reference
 from distilcb.losses.logit_rows import LogitTerms, take_rows, take_rows_vectorised
 
-triton = pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of torch and with .[dev]")
-
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
 def kernel(monkeypatch):
     """take_rows_in_kernel; on a CPU in the interpreter, as tests/conftest.py asks for before Triton is loaded."""
+    pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of torch and with .[dev]")
     import distilcb.losses.logit_kernel as module
 
     monkeypatch.setattr(module, "_BLOCK", 64)  # several blocks a row, the last not full
     return module.take_rows_in_kernel
 
 
+COMPILE_CPP = """
+import torch
+from distilcb.losses import logit_cpu
+from distilcb.losses.logit_rows import LogitTerms, take_rows
+
+student, labels = torch.zeros(1, 4), torch.tensor([2])
+assert not logit_cpu.takes(student, None, labels, None)
+logit_cpu.library.cache_clear()
+logit_cpu.compile_here()
+assert logit_cpu.takes(student, None, labels, None)
+print(take_rows(student, None, labels, LogitTerms(kl=0.0, mlm=1.0, mse=0.0, temperature=1.0)).tolist())
+print(student.tolist())
+"""
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The library of logit_rows.cpp as it stands."""
+    """The folder of operators with logit_rows.cpp as it stands, and what was said when it was compiled and used."""
     folder = tmp_path_factory.mktemp("operators")
-    logit_cpu.compile_here(folder)
-    return ctypes.CDLL(str(folder / f"{logit_cpu.OPERATOR}.so"))
+    environ = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)}
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE_CPP], env=environ, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout.splitlines()
 
 
 @pytest.fixture
 def in_cpp(monkeypatch, compiled):
     """take_rows_in_cpp."""
-    monkeypatch.setattr(logit_cpu, "library", lambda: compiled)
-    return logit_cpu.take_rows_in_cpp
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled[0]))
+    logit_cpu.library.cache_clear()
+    assert logit_cpu.library() is not None
+    yield logit_cpu.take_rows_in_cpp
+    logit_cpu.library.cache_clear()
 
 
 ROWS, SOFT, VOCAB = 7, 5, 150
 
 
 def logits(rows, seed, dtype=torch.float32, vocab=VOCAB, device=DEVICE):
-    """As trained models spread them, in rows that lie further apart than they are long."""
+    """As trained models spread them, in rows that lie further apart than they are long, each seed's otherwise."""
     generator = torch.Generator().manual_seed(seed)
-    return (3 * torch.randn(rows, vocab + 10, generator=generator) + 5).to(device, dtype)[:, :vocab]
+    return (3 * torch.randn(rows, vocab + 10 + seed, generator=generator) + 5).to(device, dtype)[:, :vocab]
 
 
 def in_float64(student, teacher, labels, terms):
@@ -73,6 +95,7 @@ TERMS = [
     LogitTerms(kl=0.0, mlm=1.0, mse=0.0, temperature=1.0),
     LogitTerms(kl=0.2, mlm=0.0, mse=1.0, temperature=1.0),
     LogitTerms(kl=0.2, mlm=0.1, mse=1.0, temperature=4.0),
+    LogitTerms(kl=0.0, mlm=0.1, mse=1.0, temperature=1.0),
 ]
 
 
@@ -123,6 +146,13 @@ def test_cpp_rounds_gradients_to_the_nearest(in_cpp):
     in_cpp(rounded, teacher, labels, TERMS[0], True)
     assert ((rounded.float() - precise).abs() <= 1.01 * 2**-8 * precise.abs() + 1e-7).all()
     assert (rounded != precise.bfloat16()).float().mean() < 0.01
+
+
+def test_far_apart_logits_have_an_exact_kl_in_cpp(in_cpp):
+    student, teacher = logits(ROWS, 1, device="cpu") + 150, logits(SOFT, 2, device="cpu")
+    terms, labels = LogitTerms(kl=1.0, mlm=0.0, mse=0.0, temperature=1.0), torch.empty(0, dtype=torch.int64)
+    wanted, _ = in_float64(student, teacher, labels, terms)
+    torch.testing.assert_close(in_cpp(student, teacher, labels, terms, True).double(), wanted, rtol=2e-6, atol=0)
 
 
 def test_a_pass_in_cpp_does_not_depend_on_threads(in_cpp):
@@ -186,14 +216,51 @@ def test_a_label_outside_the_vocabulary_is_refused_in_cpp_and_nothing_is_written
     assert torch.equal(student, before)
 
 
-@pytest.mark.parametrize(("dtype", "used"), [(torch.bfloat16, True), (torch.float32, True), (torch.float16, False)])
-def test_the_compiled_pass_is_taken_where_it_can_be(in_cpp, monkeypatch, dtype, used):
+HALF, SINGLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "scale", "used"),
+    [
+        (logits(2, 1, HALF, device="cpu"), logits(2, 2, HALF, device="cpu"), None, True),
+        (logits(2, 1, SINGLE, device="cpu"), logits(2, 2, SINGLE, device="cpu"), None, True),
+        (logits(2, 1, SINGLE, device="cpu"), logits(2, 2, HALF, device="cpu"), None, False),
+        (logits(2, 1, SINGLE, device="cpu"), logits(VOCAB, 2, SINGLE, vocab=2, device="cpu").t(), None, False),
+        (logits(2, 1, torch.float16, device="cpu"), logits(2, 2, torch.float16, device="cpu"), None, False),
+        (logits(2, 1, SINGLE, device="cpu"), logits(2, 2, SINGLE, device="cpu"), torch.tensor(8.0), False),
+    ],
+    ids=["bf16", "fp32", "mixed", "columns", "fp16", "scaled"],
+)
+def test_the_compiled_pass_is_taken_where_it_can_be(in_cpp, monkeypatch, student, teacher, scale, used):
     calls = []
     monkeypatch.setattr(logit_cpu, "take_rows_in_cpp", lambda *asked: calls.append(1) or in_cpp(*asked))
-    student, teacher, labels = logits(2, 1, dtype, device="cpu"), logits(2, 2, dtype, device="cpu"), torch.tensor([3])
-    wanted = take_rows_vectorised(student.clone(), teacher, labels, TERMS[0], None, False)
-    torch.testing.assert_close(take_rows(student, teacher, labels, TERMS[0]), wanted, rtol=1e-5, atol=1e-5)
+    student, plain, labels = student.clone(), student.clone(), torch.tensor([3])
+    wanted = take_rows_vectorised(plain, teacher, labels, TERMS[0], scale, True)
+    found = take_rows(student, teacher, labels, TERMS[0], scale=scale)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(student, plain, rtol=2**-7, atol=1e-6)
     assert bool(calls) == used
+
+
+def test_the_compiled_pass_lies_where_it_is_looked_for_and_is_taken_from_then_on(compiled):
+    folder, said = compiled
+    assert [path.name for path in folder.rglob("*.so")] == [f"{logit_cpu.OPERATOR}.so"]
+    assert [float(text) for text in said[-2].strip("[]").split(",")] == pytest.approx([0, math.log(4), 0], rel=1e-6)
+    assert said[-1] == "[[0.25, 0.25, -0.75, 0.25]]"
+
+
+def test_a_library_that_cannot_be_loaded_is_told_and_the_vectorised_pass_taken(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    file = tmp_path / logit_cpu.OPERATOR / f"{logit_cpu.OPERATOR}.so"
+    file.parent.mkdir()
+    file.write_bytes(b"half a library")
+    logit_cpu.library.cache_clear()
+    student = torch.zeros(1, 4)
+    terms = LogitTerms(kl=0.0, mlm=1.0, mse=0.0, temperature=1.0)
+    sums = take_rows(student, None, torch.tensor([2]), terms)
+    logit_cpu.library.cache_clear()
+    assert sums.tolist() == pytest.approx([0, math.log(4), 0])
+    assert str(file) in caplog.text
 
 
 def test_kernel_leaves_the_logits_alone_where_no_gradient_is_wanted(kernel):
@@ -236,6 +303,7 @@ for architecture, half in ((70, "fp16"), (80, "bf16"), (90, "fp16")):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Triton's own assembler")
 def test_the_kernel_compiles_for_volta_ampere_and_hopper_without_a_gpu(tmp_path):
     """What the interpreter does not look at: types that a compiler must settle."""
+    pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of torch and with .[dev]")
     environ = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
     environ["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True, timeout=300)
