@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml $(CONSTRAINTS) $(wildcard distilcb/losses/*.cpp)
+$(INSTALLED): pyproject.toml $(CONSTRAINTS) $(wildcard distilcb/*.hpp distilcb/*/*.cpp)
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing tested versions into $(VENV): a few minutes, once"
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 
+from distilcb import native
 from distilcb.distributed import exit_code
 from distilcb.errors import LaunchError
-from distilcb.losses import logit_cpu
 from distilcb.machine import compiled_operators_folder, is_compiled, use_own_tools, uses_cuda, wait_for_compiler
 
 FUSED_ADAM, CPU_COMMUNICATION = "fused_adam", "deepspeed_shm_comm"
@@ -63,15 +63,15 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
 
 
 def build_own() -> None:
-    """Build what of ours is compiled: for a CPU the head's pass over logits, which has a slower stand-in."""
+    """Build our own C++, which is for a CPU alone and has slower stand-ins."""
     use_own_tools()
-    if uses_cuda() or is_compiled(logit_cpu.OPERATOR):
+    if uses_cuda() or is_compiled(native.OPERATOR):
         return
-    print("compiling the head's pass over logits: a few seconds, once", flush=True)
+    print("compiling our own C++: a few seconds, once", flush=True)
     try:
-        logit_cpu.compile_here()
+        native.compile_here()
     except (OSError, RuntimeError) as error:
-        print(f"it cannot be compiled, and steps take up to a tenth longer: {error}", file=sys.stderr)
+        print(f"it cannot be compiled, and steps will take longer: {error}", file=sys.stderr)
 
 
 def build_here() -> None:

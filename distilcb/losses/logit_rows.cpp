@@ -2,14 +2,15 @@
 //
 // Plain C++ without torch's headers, which take half a minute to compile. Loops are written so that a compiler
 // vectorises them, and functions with loops are not inlined: gcc 12 then no longer does so, and a chunk takes three
-// times as long. distilcb/losses/logit_cpu.py calls what is here.
+// times as long. distilcb/losses/logit_cpu.py calls it.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include <omp.h>
+
+#include "../numbers.hpp"
 
 #define APART __attribute__((noinline))
 
@@ -21,35 +22,6 @@ struct Terms {
 
 // Columns whose sums are taken in fp32; those of all blocks are added up in fp64.
 constexpr int64_t BLOCK = 2048;
-
-inline float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t to_bits(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-// A bf16 is the upper half of an fp32.
-struct BFloat16 {
-    uint16_t bits;
-    operator float() const { return from_bits(uint32_t(bits) << 16); }
-    void set(float value) {  // to the nearest, of two the even one; NaN, whose bits could carry over, stays one
-        const uint32_t exact = to_bits(value);
-        const uint32_t rounded = (exact + 0x7fff + ((exact >> 16) & 1)) >> 16;
-        bits = uint16_t(value != value ? 0x7fc0 : rounded);
-    }
-};
-
-struct Float32 {
-    float value;
-    operator float() const { return value; }
-    void set(float other) { value = other; }
-};
 
 // e^x for x <= 0, to 2 units in the last place: x = n ln 2 + r, and a polynomial for e^r, |r| <= ln 2 / 2 (its Taylor
 // series to r^7). Below -87 it stays at e^-87, 1.6e-38: there fp32's normal numbers end. NaN gives NaN.
@@ -182,8 +154,8 @@ void take_row(Number* student, const Number* teacher, int64_t label, int64_t voc
     writer(student, teacher, ours, theirs, plain, vocab, gradient);
 }
 
-// Strides in numbers. space: (threads, 3, vocab). by_row: (rows, 3) sums. The teacher has the first soft_rows rows, labels the first hard_rows.
-// Returns how many labels are none of the vocabulary; if any, nothing is done.
+// Strides in numbers. space: (threads, 3, vocab). by_row: (rows, 3) sums. The teacher has the first soft_rows rows,
+// labels the first hard_rows. Returns how many labels are none of the vocabulary; if any, nothing is done.
 template <class Number>
 int64_t take_rows(Number* student, int64_t stride, const Number* teacher, int64_t teacher_stride,
                   const int64_t* labels, int64_t rows, int64_t soft_rows, int64_t hard_rows, int64_t vocab,

@@ -1,7 +1,7 @@
-"""Layers on a CPU: dropout from random bits drawn 64 at a time, attention in plain products, weights packed once.
+"""Layers on a CPU: dropout of our own, attention in plain products, weights packed once.
 
-torch draws a Bernoulli number on a CPU in 6 to 12 ns and has no fused attention with dropout there, which took a fifth
-of a step at 512 tokens a sequence; its fused attention without dropout is slower in bf16 than the products it stands
+torch draws dropout's numbers slowly on a CPU and has no fused attention with dropout there, which took a fifth of a
+step at 512 tokens a sequence; its fused attention without dropout is slower in bf16 than the products it stands
 for; and at each product oneDNN brings a weight into an order of its own, though a teacher's never changes. CUDA has
 better of all three, and torch.compile writes its own.
 """
@@ -17,8 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-# 15 bits of a random number choose: dropout is to the nearest of so many probabilities (0.1 is 0.100006).
-_CHOICES = 1 << 15
+from distilcb.models.dropout import scale_of_kept, sign_dropped, softmax_backward
+
 _ATTENTION = "distilcb_cpu"
 
 
@@ -87,8 +87,10 @@ class Dropout(torch.nn.Dropout):
         """`values`, of any shape and floating type."""
         if not self.training or self.p == 0:
             return values
-        kept = torch.full_like(values, _scale(self.p), requires_grad=False)
-        return values * _signed(kept, self.p).clamp_(min=0)
+        kept = torch.full_like(
+            values, scale_of_kept(self.p), requires_grad=False, memory_format=torch.contiguous_format
+        )
+        return values * sign_dropped(kept, self.p).clamp_(min=0)
 
 
 def attention(
@@ -110,9 +112,9 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float, causal: bool
     ) -> Tensor:
         """As `attention`."""
-        weights = _signed(_weights(query, key, scaling, causal=causal), dropout)
+        weights = sign_dropped(_weights(query, key, scaling, causal=causal), dropout)
         ctx.save_for_backward(query, key, value, weights)
-        ctx.scale, ctx.scaling = _scale(dropout), scaling
+        ctx.scale, ctx.scaling = scale_of_kept(dropout), scaling
         return (weights.relu() @ value).mul_(ctx.scale)
 
     @staticmethod
@@ -121,8 +123,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, weights = ctx.saved_tensors
         gradient = gradient * ctx.scale
         by_value = weights.relu().transpose(-1, -2) @ gradient
-        by_weight = torch.ops.aten.threshold_backward(gradient @ value.transpose(-1, -2), weights, 0)
-        by_score = torch.ops.aten._softmax_backward_data(by_weight, weights.abs(), -1, weights.dtype)
+        by_score = softmax_backward(gradient @ value.transpose(-1, -2), weights)
         by_query = (by_score @ key).mul_(ctx.scaling)
         by_key = (by_score.transpose(-1, -2) @ query).mul_(ctx.scaling)
         return by_query, by_key, by_value, None, None, None
@@ -161,24 +162,3 @@ def _weights(query: Tensor, key: Tensor, scaling: float, *, causal: bool = False
     if causal:
         scores += torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu_(1)
     return torch.softmax(scores, -1, out=scores)
-
-
-def _signed(values: Tensor, dropout: float) -> Tensor:
-    """Give each number of `values`, none negative, a minus with probability `dropout`, in place.
-
-    Draws from torch's generator, and as many bits whatever the type.
-    """
-    words = torch.empty((values.numel() + 3) // 4, dtype=torch.int64).random_()
-    chances = words.view(torch.int16)[: values.numel()].view(values.shape)
-    chances.bitwise_and_(_CHOICES - 1).sub_(_drops(dropout))
-    # A floating type of 16 bits has its sign where the integer has it; turning one into the other is slow.
-    signs = chances.view(values.dtype) if values.itemsize == 2 else chances.to(values.dtype)
-    return torch.copysign(values, signs, out=values)
-
-
-def _drops(dropout: float) -> int:
-    return min(round(dropout * _CHOICES), _CHOICES - 1)
-
-
-def _scale(dropout: float) -> float:
-    return _CHOICES / (_CHOICES - _drops(dropout))

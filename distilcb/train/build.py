@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from distilcb import distributed
+from distilcb import distributed, native
 from distilcb.command_line import CommandLine
 from distilcb.config import Config, accumulation_steps
 from distilcb.data.blocks import Blocks, BlockSource
@@ -35,7 +35,6 @@ from distilcb.engine.stepper import Stepper
 from distilcb.errors import ConfigError
 from distilcb.export.hugging_face import save_recipe_of_model
 from distilcb.launcher import World
-from distilcb.losses import logit_cpu
 from distilcb.losses.triplet import Counts
 from distilcb.machine import is_compiled, uses_cuda, wait_for_compiler
 from distilcb.models.families import Family
@@ -385,8 +384,8 @@ def start_engine(module: StepModule, config: Config, place: Place, *, load_unive
         wait_for_compiler(FUSED_ADAM)
     if config.optim.name == "adamw" and not is_compiled(FUSED_ADAM):
         log.info("DeepSpeed compiles its fused Adam, as it does at its first start on a machine: about a minute")
-    if place.device.type == "cpu" and logit_cpu.library() is None:
-        log.info("the head's pass over logits is not compiled, and slower (python -m distilcb.engine.operators)")
+    if place.device.type == "cpu" and native.library() is None:
+        log.info("our own C++ is not compiled, and steps are slower (python -m distilcb.engine.operators)")
     optimizer = build_optimizer(module, config.optim)
     engine, *_ = deepspeed.initialize(
         model=module,

@@ -1,11 +1,15 @@
 """Tiny models and batches, built in code."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from launcher_environments import clean_environ
 
+from distilcb import native
 from distilcb.config import DEFAULT_RECIPE
 from distilcb.data.loader import Batch
 from distilcb.models.families import family_of
@@ -32,6 +36,40 @@ def tiny_model():
 def tiny_batch():
     """Builds a micro-batch of random tokens: tiny_batch(blocks=2, length=16, masked=4, seed=1)."""
     return build_tiny_batch
+
+
+@pytest.fixture(scope="session")
+def native_folder(tmp_path_factory) -> Path:
+    """A folder of operators with our C++ as it stands."""
+    folder = tmp_path_factory.mktemp("operators")
+    environ = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)}
+    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
+    compile_it = "from distilcb import native; native.compile_here()"
+    done = subprocess.run(
+        [sys.executable, "-c", compile_it], env=environ, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def with_native(monkeypatch, native_folder):
+    """Our C++, taken wherever it can be."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(native_folder))
+    native.library.cache_clear()
+    assert native.library() is not None
+    yield
+    native.library.cache_clear()
+
+
+@pytest.fixture
+def without_native(monkeypatch, tmp_path):
+    """Our C++, not compiled."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "no_operators"))
+    native.library.cache_clear()
+    assert native.library() is None
+    yield
+    native.library.cache_clear()
 
 
 @pytest.fixture

@@ -31,6 +31,12 @@ def triple():
     return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3)]
 
 
+@pytest.fixture(autouse=True, params=["cpp", "torch"])
+def _each_way(request):
+    """Once with our C++, and once without."""
+    request.getfixturevalue("with_native" if request.param == "cpp" else "without_native")
+
+
 def seeded_attention(query, key, value, *, dropout=0.25, seed=7, causal=False):
     torch.manual_seed(seed)
     return attention(query, key, value, dropout=dropout, scaling=SCALING, causal=causal)

@@ -1,10 +1,8 @@
 """The head's pass over logits, vectorised, in C++ and as a Triton kernel, against the plain terms in float64."""
 
-import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,42 +23,10 @@ def kernel(monkeypatch):
     return module.take_rows_in_kernel
 
 
-COMPILE_CPP = """
-import torch
-from distilcb.losses import logit_cpu
-from distilcb.losses.logit_rows import LogitTerms, take_rows
-
-student, labels = torch.zeros(1, 4), torch.tensor([2])
-assert not logit_cpu.takes(student, None, labels, None)
-logit_cpu.library.cache_clear()
-logit_cpu.compile_here()
-assert logit_cpu.takes(student, None, labels, None)
-print(take_rows(student, None, labels, LogitTerms(kl=0.0, mlm=1.0, mse=0.0, temperature=1.0)).tolist())
-print(student.tolist())
-"""
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """The folder of operators with logit_rows.cpp as it stands, and what was said when it was compiled and used."""
-    folder = tmp_path_factory.mktemp("operators")
-    environ = os.environ | {"TORCH_EXTENSIONS_DIR": str(folder)}
-    environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE_CPP], env=environ, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout.splitlines()
-
-
 @pytest.fixture
-def in_cpp(monkeypatch, compiled):
+def in_cpp(with_native):
     """take_rows_in_cpp."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiled[0]))
-    logit_cpu.library.cache_clear()
-    assert logit_cpu.library() is not None
-    yield logit_cpu.take_rows_in_cpp
-    logit_cpu.library.cache_clear()
+    return logit_cpu.take_rows_in_cpp
 
 
 ROWS, SOFT, VOCAB = 7, 5, 150
@@ -240,27 +206,6 @@ def test_the_compiled_pass_is_taken_where_it_can_be(in_cpp, monkeypatch, student
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(student, plain, rtol=2**-7, atol=1e-6)
     assert bool(calls) == used
-
-
-def test_the_compiled_pass_lies_where_it_is_looked_for_and_is_taken_from_then_on(compiled):
-    folder, said = compiled
-    assert [path.name for path in folder.rglob("*.so")] == [f"{logit_cpu.OPERATOR}.so"]
-    assert [float(text) for text in said[-2].strip("[]").split(",")] == pytest.approx([0, math.log(4), 0], rel=1e-6)
-    assert said[-1] == "[[0.25, 0.25, -0.75, 0.25]]"
-
-
-def test_a_library_that_cannot_be_loaded_is_told_and_the_vectorised_pass_taken(tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    file = tmp_path / logit_cpu.OPERATOR / f"{logit_cpu.OPERATOR}.so"
-    file.parent.mkdir()
-    file.write_bytes(b"half a library")
-    logit_cpu.library.cache_clear()
-    student = torch.zeros(1, 4)
-    terms = LogitTerms(kl=0.0, mlm=1.0, mse=0.0, temperature=1.0)
-    sums = take_rows(student, None, torch.tensor([2]), terms)
-    logit_cpu.library.cache_clear()
-    assert sums.tolist() == pytest.approx([0, math.log(4), 0])
-    assert str(file) in caplog.text
 
 
 def test_kernel_leaves_the_logits_alone_where_no_gradient_is_wanted(kernel):

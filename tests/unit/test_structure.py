@@ -15,7 +15,7 @@ LAYERS = [
     {"launcher", "hub", "config", "gpus"},
     {"recipe"},
     {"command_line", "machine"},
-    {"distributed"},
+    {"distributed", "native"},
     {"preemption", "watchdog"},
     {"data", "models", "losses", "monitor", "tasks"},
     {"engine"},
