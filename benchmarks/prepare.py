@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-from side_by_side import medians, parser_of, table, tell
 from text import MINI, write_text
 
 from distilcb import distributed
@@ -40,6 +39,9 @@ SEQ_LEN = 512
 
 
 def main(words: list[str]) -> None:
+    # Processes that prepare begin by importing this file, and launch/prepare.py has nothing as slow as torch.
+    from side_by_side import medians, parser_of, table, tell
+
     parser = parser_of(__doc__ or "")
     parser.add_argument("--folder", type=Path, help="where to write text and blocks (default: the temporary folder)")
     parser.add_argument("--megabytes", type=int, help="of text for ours (default: 96, with --quick 6)")

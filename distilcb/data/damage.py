@@ -108,10 +108,15 @@ _EITHER = re.compile(f"{_CONTROL.pattern}|{_LONE_SURROGATE.pattern}")
 _OTHER_SPACE = re.compile("[\t-\r\x1c-\x1f\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")
 
 
+# Spaces of _OTHER_SPACE that are no control characters, and so are not counted.
+_ENDS = " \t\n\v\f\r"
+
+
 def clean(text: str | bytes, damage: Damage) -> str:
     """The text in valid UTF-8 without control characters, its words one space apart."""
     if isinstance(text, bytes):
         text = text.decode(errors="surrogateescape").removeprefix("\ufeff")
+    text = text.strip(_ENDS)  # most lines are printable but for their end
     if not text.isprintable():
         if _EITHER.search(text):
             text, undecodable = _LONE_SURROGATE.subn("\ufffd", text)

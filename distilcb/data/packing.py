@@ -315,7 +315,9 @@ class _Writer:
         self.token_counts += np.bincount(blocks.ravel(), minlength=self.token_counts.size)
         self.blocks += len(blocks)
         for start in range(0, len(blocks), _BATCH_BLOCKS):
-            values = pyarrow.array(blocks[start : start + _BATCH_BLOCKS].astype(self._dtype).ravel())
+            ids = blocks[start : start + _BATCH_BLOCKS].astype(self._dtype).ravel()
+            # pyarrow.array would import pandas, half a second in every process.
+            values = pyarrow.Array.from_buffers(self._type.value_type, len(ids), [None, pyarrow.py_buffer(ids)])
             lists = pyarrow.FixedSizeListArray.from_arrays(values, type=self._type)
             with self._writing():
                 self._stream.write_batch(pyarrow.record_batch([lists], names=["input_ids"]))
