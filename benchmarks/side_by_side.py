@@ -17,6 +17,7 @@ import torch
 
 from distilcb.config import REPOSITORY
 from distilcb.engine.checkpoint import write_durably
+from distilcb.eval.speed import in_turn, wait_for_device
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
@@ -33,29 +34,15 @@ def medians(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
     return {name: statistics.median(values) for name, values in in_turn(contenders, rounds=rounds).items()}
 
 
-def in_turn(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each of `rounds` calls, in which each contender has its turn, after one to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds + 1):
-        for name, contender in contenders.items():
-            _wait_for_device()
-            started = time.perf_counter()
-            contender()
-            _wait_for_device()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
 def peak_bytes(contender: Callable[[], Any]) -> int:
     """What a call needs at its peak beyond what was there before: device memory on CUDA, else resident memory."""
     contender()
-    _wait_for_device()
+    wait_for_device()
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         contender()
-        _wait_for_device()
+        wait_for_device()
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # what the first call has freed, training keeps
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
@@ -68,11 +55,6 @@ def _resident(name: str) -> int:
     found = re.search(rf"{name}:\s*(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
-
-
-def _wait_for_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

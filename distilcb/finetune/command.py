@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 CAUSAL = "causal"
 _ARMS = {"both": ("without", "with"), "on": ("with",), "off": ("without",)}
-_LENGTHS = {"question_answering": 384, "classification": 128, "regression": 128, "tagging": 256, CAUSAL: 1024}
+LENGTHS = {"question_answering": 384, "classification": 128, "regression": 128, "tagging": 256, CAUSAL: 1024}
 
 # Options that decide what comes out; the others are kept by what they became.
 _KEPT = (
@@ -106,7 +106,7 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
     if teacher:
         check_same_tokenizer(options.student, teacher)
     kind = CAUSAL if options.task == CAUSAL else task_named(options.task).kind
-    longest = longest_sequence(names, options.max_length or _LENGTHS[kind])
+    longest = longest_sequence(names, options.max_length or LENGTHS[kind])
     subject = subject_of(options, longest)
     recipe = Recipe(options.epochs, options.lr, options.batch, options.warmup)
     teacher_recipe = Recipe(

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from distilcb.models.families import family_of
 from distilcb.tasks.declarations import Task
 from distilcb.tasks.encoding import IGNORED, encode, gold, predictions
 from distilcb.tasks.rows import TaskRows
-from distilcb.tasks.scores import scores
+from distilcb.tasks.scores import scores, subword_f1
 
 log = logging.getLogger(__name__)
 
@@ -75,22 +75,29 @@ class LabelledTask:
         stride: int,
         split: str | None,
         train_rows: int | None,
+        heldout_only: bool = False,
     ) -> None:
-        """Reads and encodes; raises DataError and ModelError for what cannot be used."""
+        """Reads and encodes; raises DataError and ModelError for what cannot be used.
+
+        heldout_only: no rows to train on, for a model that has learnt another task of the same labels.
+        """
         rows = TaskRows(source)
         split = split or rows.heldout_split()
         self.task, self.tokenizer = task, tokenizer_for(model, task)
         self.kind: str = task.kind
-        self.columns = task.metrics
+        names = any(metric.startswith("entity") for metric in task.metrics)
+        self.columns = (*task.metrics, "subword_f1") if names else task.metrics
         lengths = {"max_length": max_length, "stride": stride}
-        training = encode(rows.read(task, "train", limit=train_rows), task, self.tokenizer, **lengths)
+        training = [] if heldout_only else rows.read(task, "train", limit=train_rows)
         self.heldout = encode(rows.read(task, split), task, self.tokenizer, **lengths)
-        self.data = training.features
-        self.content = _hash_of(json.dumps([training.rows, self.heldout.rows], ensure_ascii=False).encode())
-        self.facts = {"split": split, "max_length": max_length, "train": training.figures} | {
-            "heldout": self.heldout.figures
-        }
-        for name, figures in (("train", training.figures), (split, self.heldout.figures)):
+        self.training_rows, figures_of = training, {split: self.heldout.figures}
+        self.content = _hash_of(json.dumps([training, self.heldout.rows], ensure_ascii=False).encode())
+        self.facts = {"split": split, "max_length": max_length, "heldout": self.heldout.figures}
+        if training:
+            encoded = encode(training, task, self.tokenizer, **lengths)
+            self.data = encoded.features
+            self.facts["train"] = figures_of["train"] = encoded.figures
+        for name, figures in figures_of.items():
             log.info("%s: %s", name, ", ".join(f"{value:,} {key.replace('_', ' ')}" for key, value in figures.items()))
         tags = task.kind == "tagging"
         collator: Any = DataCollatorForTokenClassification if tags else DataCollatorWithPadding
@@ -101,16 +108,25 @@ class LabelledTask:
         return load_for_task(name, self.task, fine_tuned=fine_tuned)
 
     def measure(self, trainer: TaskTrainer, predicted: Path | None) -> Figures:
-        """The task's metrics in hundredths on the held-out rows; a line of JSON a row goes into `predicted`."""
+        """The task's metrics in hundredths on the held-out rows; a line of JSON a row goes into `predicted`.
+
+        Entities are scored by sub-words too, as the published card does.
+        """
         said = trainer.predict(self.heldout.features).predictions
         given, right = predictions(self.task, self.heldout, said), gold(self.task, self.heldout.rows)
         if predicted is not None:
-            lines = (
-                json.dumps({"predicted": one, "right": other}, ensure_ascii=False)
-                for one, other in zip(given, right, strict=True)
-            )
-            predicted.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return scores(self.task, right, given)
+            predicted.write_text("".join(self._lines(given, right)), encoding="utf-8")
+        figures = scores(self.task, right, given)
+        if "subword_f1" in self.columns:
+            figures["subword_f1"] = subword_f1(right, given, self.heldout.word_tokens)
+        return figures
+
+    def _lines(self, given: Sequence[Any], right: Sequence[Any]) -> Iterator[str]:
+        for number, (one, other) in enumerate(zip(given, right, strict=True)):
+            line = {"predicted": one, "right": other}
+            if "subword_f1" in self.columns:
+                line["tokens"] = self.heldout.word_tokens[number].tolist()
+            yield json.dumps(line, ensure_ascii=False) + "\n"
 
 
 class NextWords:

@@ -1,6 +1,7 @@
 """Language models from folders and hub names: safetensors only, no remote code, no silent gaps."""
 
 import json
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -39,14 +40,50 @@ def load_language_model(name: str, *, dtype: torch.dtype, allow_pickle: bool = F
     Raises:
         ModelError: unreadable, pickled without leave, or weights that leave part of the model unset.
     """
-    from safetensors import SafetensorError
-
     folder = model_folder(name, pickle=allow_pickle)
     if folder.is_file():
         raise ModelError(f"model {name} is a file. Needed: a folder with config.json and model.safetensors.")
     family = family_of(load_config(str(folder)), where=name)  # before gigabytes of weights are read
+    model, missing = _read(family.model_class(), folder, name, dtype, allow_pickle=allow_pickle)
+    if missing:
+        raise ModelError(
+            f"model {name} lacks {len(missing)} weights, first {missing[0]}: it has no vocabulary head, or another "
+            f"layout. Give a model saved with its head ({'…LMHeadModel' if family.causal else '…ForMaskedLM'})."
+        )
+    return model
+
+
+def load_any_model(name: str) -> Any:
+    """A model in fp32 with whatever head its folder has: a language model's, or that of a task it was fine-tuned on.
+
+    Raises:
+        ModelError: unreadable, a head that transformers does not know, or weights that leave part of the model unset.
+    """
+    import transformers
+
+    config = load_config(name)
+    family_of(config, where=name)
+    named = (config.architectures or ["none"])[0]
+    model_class = getattr(transformers, named, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ModelError(
+            f"model {name}: its config.json names the class {named}, which transformers does not have. Needed: "
+            "'architectures' with one such as CamembertForMaskedLM."
+        )
+    model, missing = _read(model_class, model_folder(name), name, torch.float32)
+    if missing:
+        raise ModelError(f"model {name} lacks {len(missing)} weights of a {named}, first {missing[0]}.")
+    return model
+
+
+def _read(
+    model_class: Any, folder: Path, name: str, dtype: torch.dtype, *, allow_pickle: bool = False
+) -> tuple[Any, list[str]]:
+    """The model of a folder, and the names of weights that were not there."""
+    from safetensors import SafetensorError
+
     try:
-        model, info = family.model_class().from_pretrained(
+        model, info = model_class.from_pretrained(
             str(folder),
             dtype=dtype,
             use_safetensors=None if allow_pickle else True,
@@ -58,13 +95,7 @@ def load_language_model(name: str, *, dtype: torch.dtype, allow_pickle: bool = F
             f"model {name} cannot be read: {first_line(error)}. Needed: model.safetensors, undamaged. A pickled "
             "pytorch_model.bin is read for a teacher only, with --teacher.allow_pickle true: trust its author."
         ) from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"model {name} lacks {len(missing)} weights, first {missing[0]}: it has no vocabulary head, or another "
-            f"layout. Give a model saved with its head ({'…LMHeadModel' if family.causal else '…ForMaskedLM'})."
-        )
-    return model
+    return model, sorted(info["missing_keys"])
 
 
 def hash_weights(model: torch.nn.Module) -> str:

@@ -134,7 +134,7 @@ _TASKS = (
 TASKS = {task.name: task for task in _TASKS}
 
 
-def task_named(name: str) -> Task:
+def task_named(name: str, *, option: str = "--task") -> Task:
     """The task of this name, or the one that a YAML file declares.
 
     Raises:
@@ -143,7 +143,7 @@ def task_named(name: str) -> Task:
     if name.endswith((".yaml", ".yml")):
         return read_task(Path(name))
     if name not in TASKS:
-        raise ConfigError(f"--task {name}: needed one of {', '.join(TASKS)}, or a YAML file that declares one.")
+        raise ConfigError(f"{option} {name}: needed one of {', '.join(TASKS)}, or a YAML file that declares one.")
     return TASKS[name]
 
 

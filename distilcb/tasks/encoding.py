@@ -25,6 +25,7 @@ class Encoded:
         figures: how many rows and sequences there are, and how many were cut.
         windows: of questions, one a sequence.
         word_places: of tagging, by row: the token of each word, -1 where it was cut off.
+        word_tokens: likewise: how many tokens of each word there are.
     """
 
     rows: Sequence[Row]
@@ -32,6 +33,7 @@ class Encoded:
     figures: dict[str, int]
     windows: Sequence[Window] = field(default=(), repr=False)
     word_places: Sequence[NDArray[np.int64]] = field(default=(), repr=False)
+    word_tokens: Sequence[NDArray[np.int64]] = field(default=(), repr=False)
 
 
 def encode(rows: Sequence[Row], task: Task, tokenizer: Any, *, max_length: int, stride: int) -> Encoded:
@@ -101,13 +103,15 @@ def _tagged(rows: Sequence[Row], task: Task, tokenizer: Any, max_length: int) ->
     encoded = tokenizer(
         sentences, is_split_into_words=True, truncation=True, max_length=max_length, return_token_type_ids=True
     )
-    labels, places = [], []
+    labels, places, counts = [], [], []
     for number, row in enumerate(rows):
+        words = [word for word in encoded.word_ids(number) if word is not None]
         place = _first_places(encoded.word_ids(number), len(sentences[number]))
         own = np.full(len(encoded["input_ids"][number]), IGNORED, dtype=np.int64)
         own[place[place >= 0]] = np.array(row[task.target], dtype=np.int64)[place >= 0]
         labels.append(own)
         places.append(place)
+        counts.append(np.bincount(words, minlength=len(place)))
     columns = {"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"], "labels": labels}
     figures = {
         "rows": len(rows),
@@ -116,7 +120,7 @@ def _tagged(rows: Sequence[Row], task: Task, tokenizer: Any, max_length: int) ->
         "words": sum(map(len, places)),
         "words_without_token": int(sum((place < 0).sum() for place in places)),
     }
-    return Encoded(rows, _dataset(columns), figures, word_places=places)
+    return Encoded(rows, _dataset(columns), figures, word_places=places, word_tokens=counts)
 
 
 def _first_places(word_ids: Sequence[int | None], words: int) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,25 @@ def scores(task: Task, gold: Sequence[Any], predicted: Sequence[Any]) -> dict[st
         return {name: 100 * _correlation(name, gold, predicted) for name in task.metrics}
     names = list(task.labels)
     return {name: 100 * _LABELS[name](gold, predicted, names) for name in task.metrics}
+
+
+def subword_f1(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], tokens: Sequence[Iterable[int]]
+) -> float:
+    """F1 over sub-words, O among the types of entities, as hundredths; not to be compared with an entity's F1.
+
+    A word's tag counts once for each of its tokens, B and I are one type, and types are averaged by how many tokens
+    they have: the "global" F1 of the card of cmarkea/distilcamembert-base-ner, where nine tokens of ten are O.
+
+    Args:
+        gold, predicted: tags, one a word.
+        tokens: how many a word has.
+    """
+    from sklearn.metrics import f1_score
+
+    right, said = ([tag.rpartition("-")[2] for tag in _flat(rows)] for rows in (gold, predicted))
+    weights = [int(count) for row in tokens for count in row]
+    return 100 * float(f1_score(right, said, average="weighted", sample_weight=weights, zero_division=0))
 
 
 def exact_match(given: str, right: str, *, language: str) -> float:

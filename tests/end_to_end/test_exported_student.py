@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from refusal import assert_refused
 
 from distilcb.config import DEFAULT_RECIPE
 
@@ -155,3 +156,36 @@ def test_an_export_of_nothing_says_what_is_needed(commands, tmp_path):
     ended = commands.python("export", "--output", tmp_path / "student")
     assert ended.returncode == 2
     assert "needed a run folder" in ended.stderr
+
+
+def test_a_student_is_exported_as_onnx_beside_its_weights(commands, finished, tmp_path):
+    """And named again as a model, it gets int8 too."""
+    output = tmp_path / "student"
+    ended = commands.python("export", finished, "--output", output, "--onnx")
+    assert ended.returncode == 0, ended.stderr
+    assert (output / "onnx" / "model.onnx").is_file()
+    assert "student, onnx" in ended.stdout
+    assert "onnx: of random tokens, logits differ from PyTorch's by at most" in ended.stdout
+    again = commands.python("export", "--model", output, "--onnx", "--int8")
+    assert again.returncode == 0, again.stderr
+    assert "student, int8" in again.stdout
+    sizes = [(output / "onnx" / name).stat().st_size for name in ("model.onnx", "model_int8.onnx")]
+    assert sizes[1] < 0.5 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "needed a run folder"),
+        (["RUN"], "needed --output"),
+        (["RUN", "--output", "out", "--int8"], "--int8 is made of ONNX: add --onnx"),
+        (["RUN", "--model", "RUN/student", "--onnx"], "run and model: give one of"),
+        (["--model", "RUN/student"], "--model needs --onnx"),
+        (["--model", "RUN/student", "--onnx", "--output", "out"], "leave --output and --step out"),
+        (["--model", "RUN", "--onnx"], "no config.json there"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(commands, finished, tmp_path, words, told):
+    ended = commands.python("export", *(word.replace("RUN", str(finished)) for word in words))
+    assert_refused(ended, told)
+    assert not (finished / "student" / "onnx").exists()

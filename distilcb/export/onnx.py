@@ -1,0 +1,185 @@
+"""A model's folder -> ONNX, and dynamically quantised int8, each run and compared with PyTorch before it counts.
+
+<folder>/onnx/model.onnx, model_int8.onnx: where the hub and optimum look for them.
+"""
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distilcb.errors import ConfigError, ModelError, first_line, writing
+from distilcb.models.families import family_of
+from distilcb.models.loading import load_any_model
+
+log = logging.getLogger(__name__)
+
+ONNX, INT8 = "onnx/model.onnx", "onnx/model_int8.onnx"
+_LARGEST_ERROR = 1e-3
+_OPSET = 18
+_EXTRA = "pip install 'distilcb[onnx]'"
+
+
+class OnnxModel:
+    """An ONNX file that is run by onnxruntime on this machine's CPU."""
+
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
+        """Raises ConfigError without onnxruntime, ModelError for a file that it cannot read."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ConfigError(f"{path} needs onnxruntime: {_EXTRA}.") from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common class but this one
+            raise ModelError(f"{path} cannot be run ({first_line(error)}). Export it again.") from error
+
+    def run(self, ids: Tensor, seen: Tensor | None = None) -> list[Tensor]:
+        """The logits, of questions the first and last places', of (texts, tokens) ids.
+
+        seen: 0 where there is padding, as transformers' attention_mask.
+        """
+        mask = torch.ones_like(ids) if seen is None else seen
+        feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        return [torch.from_numpy(each) for each in self._session.run(None, feed)]
+
+
+def export_onnx(folder: Path, *, int8: bool) -> dict[str, Any]:
+    """Write <folder>/onnx/model.onnx, and model_int8.onnx if wanted; {"onnx": facts, "int8": facts}.
+
+    Facts: "bytes"; "largest_error" of a logit beside PyTorch's, and "error", the same in their standard deviations;
+    "agreement", the share of places where both choose the same.
+
+    Args:
+        folder: a Hugging Face folder of any supported family, language model or fine-tuned.
+
+    Raises:
+        ConfigError: onnx or onnxruntime is not installed, or a disk is full.
+        ModelError: a model that cannot be exported, or whose ONNX gives other logits than PyTorch.
+    """
+    _check_installed()
+    model = load_any_model(str(folder)).eval()
+    if family_of(model.config, where=str(folder)).causal:
+        model.config.use_cache = False
+    cases = _cases(model)
+    found: dict[str, Any] = {}
+    with writing(folder, ConfigError, "Free some space and run the same command again."):
+        (folder / ONNX).parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".onnx.") as work:
+            plain = Path(work) / "model.onnx"
+            _write_plain(model, plain)
+            found["onnx"] = _compare(model, plain, cases)
+            if not found["onnx"]["largest_error"] <= _LARGEST_ERROR:
+                raise ModelError(
+                    f"{folder}: its ONNX gives logits that differ by {found['onnx']['largest_error']:.3g} from "
+                    f"PyTorch's, at most {_LARGEST_ERROR} was expected. Nothing was written."
+                )
+            if int8:
+                small = Path(work) / "model_int8.onnx"
+                _quantise(plain, small)
+                found["int8"] = _compare(model, small, cases)
+                small.replace(folder / INT8)
+            plain.replace(folder / ONNX)
+    return found
+
+
+def _check_installed() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"--onnx needs {error.name}: {_EXTRA}.") from error
+
+
+def _outputs(model: Any) -> list[str]:
+    return ["start_logits", "end_logits"] if "QuestionAnswering" in type(model).__name__ else ["logits"]
+
+
+class _Logits(torch.nn.Module):
+    """The model with two inputs, and its logits alone."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask)
+        return tuple(found[name] for name in _outputs(self.model))
+
+
+def _write_plain(model: Any, path: Path) -> None:
+    """With any number of texts and tokens, in one file."""
+    texts, tokens = torch.export.Dim("texts", min=1), torch.export.Dim("tokens", min=2)
+    ids = torch.full((2, 8), 9)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that two inputs have their sizes in common
+            program: Any = torch.onnx.export(
+                _Logits(model).eval(),
+                (ids, torch.ones_like(ids)),
+                dynamo=True,
+                verbose=False,
+                opset_version=_OPSET,
+                input_names=["input_ids", "attention_mask"],
+                output_names=_outputs(model),
+                dynamic_shapes=({0: texts, 1: tokens}, {0: texts, 1: tokens}),
+            )
+        program.save(path, external_data=False)
+    except (RuntimeError, ValueError, TypeError) as error:  # torch.onnx.OnnxExporterError is a RuntimeError
+        raise ModelError(f"this {model.config.model_type} cannot be written as ONNX: {first_line(error)}") from error
+
+
+def _quantise(plain: Path, small: Path) -> None:
+    """Weights of matrix products and embeddings in int8; activations are quantised as they come."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = plain.with_name("prepared.onnx")
+    quant_pre_process(str(plain), str(prepared), skip_symbolic_shape=True)
+    quantize_dynamic(str(prepared), str(small), weight_type=QuantType.QInt8, per_channel=True, reduce_range=False)
+
+
+def _cases(model: Any) -> list[tuple[Tensor, Tensor]]:
+    """Ids and masks: one text, several of another length with padding, and the longest."""
+    family = family_of(model.config, where="model")
+    longest = family.max_seq_len(model.config)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for texts, tokens in ((1, 5), (3, 17), (1, longest)):
+        ids = torch.randint(10, model.config.vocab_size, (texts, min(tokens, longest)), generator=generator)
+        seen = torch.ones_like(ids)
+        if texts > 1:
+            seen[0, 7:] = 0
+            if model.config.pad_token_id is not None:
+                ids[0, 7:] = model.config.pad_token_id
+        found.append((ids, seen))
+    return found
+
+
+@torch.no_grad()
+def _compare(model: Any, path: Path, cases: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    onnx, plain = OnnxModel(path), _Logits(model)
+    errors, spreads, same = [], [], []
+    for ids, seen in cases:
+        for exact, found in zip(plain(ids, seen), onnx.run(ids, seen), strict=True):
+            if exact.shape[:2] == ids.shape:  # a place a token: what stands at padding is nobody's
+                exact, found = exact[seen.bool()], found[seen.bool()]
+            errors.append(float((found - exact).abs().max()))
+            spreads.append(float(exact.std()))
+            same.append((found.argmax(-1) == exact.argmax(-1)).float().flatten())
+    return {
+        "bytes": path.stat().st_size,
+        "largest_error": max(errors),
+        "error": max(errors) / float(np.mean(spreads)),
+        "agreement": float(torch.cat(same).mean()),
+    }

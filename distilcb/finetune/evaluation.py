@@ -1,0 +1,215 @@
+"""Models on labelled tasks, seed by seed, in a folder that goes on where it was stopped.
+
+<output>/<task>/settings.json     what its results depend on
+<output>/<task>/floor.json        what is reached without a pre-trained model
+<output>/<task>/<model>/seed_N/   result.json (written last), predictions.jsonl, curve.jsonl
+<output>/results.json, results.md   all that is finished
+"""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from distilcb.engine.checkpoint import write_durably
+from distilcb.errors import ConfigError, TrainingError, writing
+from distilcb.finetune.evaluation_report import as_markdown, summary_of_task
+from distilcb.finetune.models import content_of, longest_sequence
+from distilcb.finetune.runs import (
+    ON_FULL_DISK,
+    alone_in,
+    check_settings,
+    fine_tune,
+    read_json,
+    results_by_seed,
+    write_json,
+)
+from distilcb.finetune.subjects import LabelledTask
+from distilcb.finetune.training import Recipe
+from distilcb.tasks.declarations import Task
+from distilcb.tasks.floors import FLOORS, floor
+
+log = logging.getLogger(__name__)
+
+TEACHER = "teacher"
+_FEW_ROWS, _SEEDS, _SEEDS_OF_FEW_ROWS = 3000, 3, 5
+
+
+@dataclass(frozen=True)
+class AskedTask:
+    """A task, where its rows are, and which others a model that has learnt it is measured on too (zero-shot).
+
+    Attributes:
+        zero_shot: of the same kind and the same labels.
+    """
+
+    task: Task
+    source: str
+    zero_shot: tuple["AskedTask", ...] = ()
+
+    def __post_init__(self) -> None:
+        for other in self.zero_shot:
+            if (other.task.kind, other.task.labels) != (self.task.kind, self.task.labels):
+                raise ConfigError(
+                    f"--zero_shot {self.task.name}:{other.task.name}: one has the labels "
+                    f"{', '.join(self.task.labels) or 'of no list'} ({self.task.kind}), the other "
+                    f"{', '.join(other.task.labels) or 'of no list'} ({other.task.kind}). They must be the same."
+                )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is evaluated.
+
+    Attributes:
+        models: what each is called in the results -> folder or hub name; the teacher as "teacher".
+        max_lengths: kind of task -> tokens of a sequence.
+        seeds: None: 3, of tasks with under 3,000 rows 5.
+        split: rows to measure on; None: test where there is one.
+    """
+
+    models: Mapping[str, str]
+    tasks: tuple[AskedTask, ...]
+    recipe: Recipe
+    max_lengths: Mapping[str, int]
+    stride: int
+    seeds: tuple[int, ...] | None = None
+    split: str | None = None
+    train_rows: int | None = None
+    folders: dict[str, str] = field(init=False)
+    _measured: dict[tuple[str, str], LabelledTask] = field(init=False, default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        folders = {name: re.sub(r"[^\w.-]+", "_", name).strip("_.") for name in self.models}
+        for folder in folders.values():
+            same = [other for other in folders if folders[other] == folder]
+            if len(same) > 1:
+                raise ConfigError(f"{' and '.join(same)} would share the folder {folder}. Evaluate them one by one.")
+        object.__setattr__(self, "folders", folders)
+
+    def run(self, output: Path) -> dict[str, Any]:
+        """Train what is not finished yet, and write the tables; returns what is in results.json.
+
+        Raises:
+            ConfigError: a folder of other settings, or one in which another process works.
+            DataError, ModelError: rows or models that cannot be used; told before anything is trained.
+            TrainingError: every seed of a model ended without a finite loss.
+        """
+        with alone_in(output):
+            subjects = {asked.task.name: self._subjects(asked) for asked in self.tasks}
+            for asked in self.tasks:
+                self._check(output / asked.task.name, asked, subjects[asked.task.name])
+            return self._run(output, subjects)
+
+    def _run(self, output: Path, subjects: dict[str, dict[str, LabelledTask]]) -> dict[str, Any]:
+        planned = [
+            (asked, seed, name)
+            for asked in self.tasks
+            for seed in self._seeds(next(iter(subjects[asked.task.name].values())))
+            for name in self.models  # models inside, so that what is stopped early compares like with like
+        ]
+        made: dict[str, Any] = {}
+        bar = tqdm(planned, desc="fine-tuning", unit="training", disable=not sys.stderr.isatty())
+        for number, (asked, seed, name) in enumerate(bar, 1):
+            title = asked.task.name
+            folder = output / title / self.folders[name] / f"seed_{seed}"
+            if not (folder / "result.json").is_file():
+                log.info("%d of %d: %s, %s, seed %d", number, len(planned), title, name, seed)
+            fine_tune(
+                folder,
+                subjects[title][name],
+                self.models[name],
+                self.recipe,
+                seed=seed,
+                name=f"{title}, {name}, seed {seed}",
+                keep_model=False,
+                others=self._others(asked, name),
+            )
+            made = self._write(output, subjects)
+        lost = [
+            f"{name} on {title}"
+            for title, found in made["tasks"].items()
+            for name, each in found["models"].items()
+            if not each["seeds"] and each["diverged"]
+        ]
+        if lost:
+            raise TrainingError(f"{output}: no seed of {', '.join(lost)} kept a finite loss. Take a smaller --lr.")
+        return made
+
+    def _write(self, output: Path, subjects: dict[str, dict[str, LabelledTask]]) -> dict[str, Any]:
+        """The results so far, also as files."""
+        tasks = {asked.task.name: self._summary(output, asked, subjects[asked.task.name]) for asked in self.tasks}
+        made: dict[str, Any] = {
+            "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "models": dict(self.models),
+            "recipe": asdict(self.recipe),
+            "tasks": tasks,
+        }
+        write_json(output / "results.json", made)
+        with writing(output, ConfigError, ON_FULL_DISK):
+            write_durably(output / "results.md", as_markdown(made) + "\n")
+        return made
+
+    def _summary(self, output: Path, asked: AskedTask, subjects: Mapping[str, LabelledTask]) -> dict[str, Any]:
+        folder, first = output / asked.task.name, next(iter(subjects.values()))
+        results = {name: results_by_seed(folder / self.folders[name]) for name in self.models}
+        kept = read_json(folder / "floor.json")
+        found = summary_of_task(results, first.columns, kept["figures"], teacher=TEACHER)
+        return found | {"floor_is": FLOORS[asked.task.kind], "read": {name: s.facts for name, s in subjects.items()}}
+
+    def _subjects(self, asked: AskedTask) -> dict[str, LabelledTask]:
+        return {name: self._subject(asked, model) for name, model in self.models.items()}
+
+    def _subject(self, asked: AskedTask, model: str, *, heldout_only: bool = False) -> LabelledTask:
+        longest = longest_sequence(list(self.models.values()), self.max_lengths[asked.task.kind])
+        return LabelledTask(
+            asked.task,
+            asked.source,
+            model,
+            max_length=longest,
+            stride=self.stride,
+            split=self.split,
+            train_rows=self.train_rows,
+            heldout_only=heldout_only,
+        )
+
+    def _others(self, asked: AskedTask, name: str) -> dict[str, LabelledTask]:
+        """What else a model is measured on, read once."""
+        for other in asked.zero_shot:
+            key = (other.task.name, name)
+            if key not in self._measured:
+                self._measured[key] = self._subject(other, self.models[name], heldout_only=True)
+        return {other.task.name: self._measured[other.task.name, name] for other in asked.zero_shot}
+
+    def _check(self, folder: Path, asked: AskedTask, subjects: Mapping[str, LabelledTask]) -> None:
+        """Refuse what would mix with other results, and models that the task cannot have; make the floor."""
+        first = next(iter(subjects.values()))
+        settings = {
+            "declared": asdict(asked.task),
+            "content": first.content,
+            "split": first.facts["split"],
+            "max_length": first.facts["max_length"],
+            "stride": self.stride,
+            "recipe": asdict(self.recipe),
+            "zero_shot": {
+                title: other.content for title, other in self._others(asked, next(iter(self.models))).items()
+            },
+        }
+        check_settings(folder / "settings.json", settings)
+        for name, model in self.models.items():
+            subjects[name].load(model, fine_tuned=False)
+            check_settings(folder / self.folders[name] / "settings.json", {"content": content_of(model)})
+        if not (folder / "floor.json").is_file():
+            figures = floor(asked.task, first.training_rows, first.heldout.rows)
+            write_json(folder / "floor.json", {"made_of": FLOORS[asked.task.kind], "figures": figures})
+
+    def _seeds(self, subject: LabelledTask) -> tuple[int, ...]:
+        if self.seeds is not None:
+            return self.seeds
+        return tuple(range(_SEEDS_OF_FEW_ROWS if len(subject.training_rows) < _FEW_ROWS else _SEEDS))

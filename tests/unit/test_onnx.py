@@ -1,0 +1,131 @@
+"""Models as ONNX and in int8, beside PyTorch."""
+
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from distilcb.errors import ConfigError, ModelError
+from distilcb.export import onnx
+from distilcb.export.onnx import INT8, ONNX, OnnxModel, export_onnx
+from distilcb.models.loading import load_any_model
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """Saves a tiny model: folder("bert")."""
+
+    def make(architecture="camembert", **config):
+        tiny_model(architecture, layers=2, **config).save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return make
+
+
+def batch(texts, tokens, seed):
+    ids = torch.randint(10, 101, (texts, tokens), generator=torch.Generator().manual_seed(seed))
+    seen = torch.ones_like(ids)
+    seen[0, tokens // 2 :] = 0
+    return ids, seen
+
+
+@torch.no_grad()
+def assert_same(made, where, model):
+    """Of sizes that the export has not seen."""
+    for texts, tokens in ((1, 3), (5, 23)):
+        ids, seen = batch(texts, tokens, seed=tokens)
+        expected = model(input_ids=ids, attention_mask=seen)[0]
+        found = OnnxModel(where / made).run(ids, seen)[0]
+        assert found.shape == expected.shape
+        if expected.shape[:2] == ids.shape:
+            found, expected = found[seen.bool()], expected[seen.bool()]
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["camembert", "bert", "distilbert", "gpt2"])
+def test_a_language_model_is_the_same_in_onnx_whatever_the_batch(folder, architecture):
+    where = folder(architecture)
+    found = export_onnx(where, int8=False)
+    assert_same(ONNX, where, load_any_model(str(where)).eval())
+    assert found["onnx"]["largest_error"] < 1e-3
+    assert found["onnx"]["agreement"] == 1
+    assert found["onnx"]["bytes"] == (where / ONNX).stat().st_size
+    assert sorted(path.name for path in (where / "onnx").iterdir()) == ["model.onnx"]
+    assert not list(where.glob(".onnx*"))
+
+
+@pytest.mark.parametrize(
+    "head", [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering]
+)
+def test_a_fine_tuned_model_keeps_its_head(folder, head):
+    where = folder()
+    head.from_pretrained(where).eval().save_pretrained(where)
+    export_onnx(where, int8=False)
+    assert_same(ONNX, where, load_any_model(str(where)).eval())
+
+
+def test_int8_is_smaller_and_near(folder):
+    where = folder(hidden_size=128, intermediate_size=512)
+    found = export_onnx(where, int8=True)
+    small, plain = (where / INT8).stat().st_size, (where / ONNX).stat().st_size
+    assert small < 0.4 * plain
+    assert 0 < found["int8"]["error"] < 0.5
+    assert found["int8"]["agreement"] > 0.7
+    ids, seen = batch(2, 9, seed=1)
+    with torch.no_grad():
+        exact = load_any_model(str(where)).eval()(input_ids=ids, attention_mask=seen).logits[seen.bool()]
+    near = OnnxModel(where / INT8).run(ids, seen)[0][seen.bool()]
+    assert torch.corrcoef(torch.stack([near.flatten(), exact.flatten()]))[0, 1] > 0.98
+
+
+def test_onnx_that_computes_something_else_is_not_kept(folder, monkeypatch):
+    where, write = folder(), onnx._write_plain
+
+    def altered(model, path):
+        with torch.no_grad():
+            model.lm_head.bias[5] += 1
+        write(model, path)
+        with torch.no_grad():
+            model.lm_head.bias[5] -= 1
+
+    monkeypatch.setattr(onnx, "_write_plain", altered)
+    with pytest.raises(ModelError, match="differ by 1 from"):
+        export_onnx(where, int8=True)
+    assert not list(where.rglob("*.onnx"))
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_named_with_the_extra_that_has_it(folder, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"--onnx needs {package}: pip install 'distilcb\[onnx\]'"):
+        export_onnx(folder(), int8=False)
+
+
+def test_a_file_that_is_no_onnx_is_told(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"half a model")
+    with pytest.raises(ModelError, match="cannot be run"):
+        OnnxModel(tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("named", [None, ["CamembertForEverything"], ["os"]])
+def test_a_folder_whose_class_is_not_known_is_told(folder, named):
+    where = folder()
+    config = load_any_model(str(where)).config
+    config.architectures = named
+    config.save_pretrained(where)
+    with pytest.raises(ModelError, match="Needed: 'architectures'"):
+        load_any_model(str(where))
+
+
+def test_a_folder_that_lacks_its_head_is_told(folder):
+    where = folder()
+    config = load_any_model(str(where)).config
+    config.architectures = ["CamembertForSequenceClassification"]
+    config.save_pretrained(where)
+    with pytest.raises(ModelError, match=r"lacks .* weights of a CamembertForSequenceClassification, first classifier"):
+        load_any_model(str(where))
