@@ -7,7 +7,7 @@ config libraries stop at the first. This module imports no torch, so `--help` an
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, dataclass_transform
 
@@ -122,10 +122,27 @@ class LossConfig:
     """weight of 1 - cosine of last hidden states"""
     mse: Weight = 0.0
     """weight of the squared distance of raw logits"""
+    relation: Weight = 0.0
+    """weight of the KL of tokens' relations in one layer, by queries, keys and values (MiniLMv2)"""
+    relation_layer: Count | None = None
+    """the teacher's layer that the student's last one is to relate like, counted from 1; null: the last"""
+    relation_heads: Count = 48
+    """into how many parts hidden states are cut for relations, whatever the heads of attention"""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """T: softens both distributions in kl"""
     kl_positions: Literal["attended", "masked"] = "attended"
     """where kl and mse are taken: on every token, or on masked ones only"""
+    kl_until: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """share of the steps after which kl and mse are left out, and what is left is learnt alone"""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a term with a weight is learnt from a teacher."""
+        return bool(self.kl or self.mse or self.cos or self.relation)
+
+    def at(self, step: int, steps: int) -> "LossConfig":
+        """The objective of step `step`, counted from 0, of `steps`."""
+        return replace(self, kl=0.0, mse=0.0) if step >= self.kl_until * steps else self
 
 
 @section

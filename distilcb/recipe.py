@@ -146,14 +146,18 @@ def _cross_faults(config: Config) -> list[str]:
     """Faults that lie between settings; each names the settings and the mend."""
     found = []
     loss, student, teacher, masking = config.loss, config.student, config.teacher, config.masking
-    if not any((loss.kl, loss.mlm, loss.cos, loss.mse, loss.clm)):
+    if not any((loss.kl, loss.mlm, loss.cos, loss.mse, loss.clm, loss.relation)):
         found.append("loss: every weight is 0, so there is nothing to learn. Give loss.mlm or loss.kl a weight.")
+    if loss.kl_until < 1 and not any((loss.mlm, loss.cos, loss.clm, loss.relation)):
+        found.append(
+            f"loss.kl_until={loss.kl_until:g}: kl and mse end there, and no other term has a weight. Give loss.mlm one."
+        )
     if loss.mlm and loss.clm:
         found.append(
             f"loss.mlm={loss.mlm} and loss.clm={loss.clm}: a model predicts masked words or the next one. Set one to 0."
         )
     if teacher.model is None:
-        needing = [name for name in ("kl", "cos", "mse") if getattr(loss, name)]
+        needing = [name for name in ("kl", "cos", "mse", "relation") if getattr(loss, name)]
         if needing:
             found.append(
                 f"teacher.model is null, but {', '.join('loss.' + n for n in needing)} need one: set them to 0."
@@ -170,6 +174,12 @@ def _cross_faults(config: Config) -> list[str]:
             f"optim.warmup={config.optim.warmup:g} steps, train.steps={config.train.steps}: the learning rate would "
             "never reach its peak. Use fewer, or a share below 1."
         )
+    for name in ("activation_checkpointing", "compile"):
+        if loss.relation and getattr(config.train, name):
+            found.append(
+                f"loss.relation={loss.relation:g} and train.{name}: what a layer makes inside is not to be had then. "
+                f"Set train.{name} false, or loss.relation 0."
+            )
     found += _language_faults(config.data)
     if masking.mask_share + masking.random_share > 1 + 1e-9:
         found.append(

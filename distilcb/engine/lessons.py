@@ -7,7 +7,7 @@ from torch import Tensor
 from distilcb.config import LossConfig
 from distilcb.data.loader import Batch
 from distilcb.engine.step_module import soft_rows
-from distilcb.models.teacher import Teacher, TeacherOutput
+from distilcb.models.teacher import Projections, Teacher, TeacherOutput
 from distilcb.watchdog import Place, at
 
 # A micro-batch's teacher logits, rows x vocabulary, are kept for the students that follow up to here. Beyond it each
@@ -18,17 +18,20 @@ _MOST_KEPT_BYTES = 1 << 30
 def lessons(teacher: Teacher | None, losses: Sequence[LossConfig], batch: Batch) -> list[TeacherOutput | None]:
     """What students with these objectives learn from in a micro-batch, by one pass of the teacher; None where no term
     of theirs needs it."""
-    if teacher is None or not any(_needs_teacher(loss) for loss in losses):
+    if teacher is None or not any(loss.needs_teacher for loss in losses):
         return [None] * len(losses)
     at(Place.TEACHER)
-    hidden = teacher.hidden(batch.input_ids)
+    layers = {_relation_layer(teacher, loss) for loss in losses if loss.relation}
+    hidden, projections = teacher.hidden_and_projections(batch.input_ids, layers)
     soft = {loss.kl_positions: loss for loss in losses if loss.kl or loss.mse}
     # Rows of another choice go through the teacher's head apart, though they are a part of the same ones: a product of
     # more rows may round otherwise, and every student is to learn what it would alone.
     by_positions: dict[str, _Soft] = {
         positions: _soft(teacher, hidden, batch, losses, loss) for positions, loss in soft.items()
     }
-    return [_lesson(teacher, loss, hidden, by_positions) if _needs_teacher(loss) else None for loss in losses]
+    return [
+        _lesson(teacher, loss, hidden, by_positions, projections) if loss.needs_teacher else None for loss in losses
+    ]
 
 
 _Soft = tuple[Tensor, dict[int, Tensor] | None]
@@ -45,10 +48,18 @@ def _soft(teacher: Teacher, hidden: Tensor, batch: Batch, losses: Sequence[LossC
     return features, {} if len(takers) > 1 and kept_bytes <= _MOST_KEPT_BYTES else None
 
 
-def _lesson(teacher: Teacher, loss: LossConfig, hidden: Tensor, by_positions: Mapping[str, _Soft]) -> TeacherOutput:
+def _lesson(
+    teacher: Teacher,
+    loss: LossConfig,
+    hidden: Tensor,
+    by_positions: Mapping[str, _Soft],
+    projections: Mapping[int, Projections],
+) -> TeacherOutput:
     features, logits = by_positions[loss.kl_positions] if loss.kl or loss.mse else (None, None)
-    return TeacherOutput(hidden if loss.cos else None, features, teacher.decoder, logits)
+    related = projections[_relation_layer(teacher, loss)] if loss.relation else None
+    return TeacherOutput(hidden if loss.cos else None, features, teacher.decoder, logits, related)
 
 
-def _needs_teacher(loss: LossConfig) -> bool:
-    return bool(loss.kl or loss.mse or loss.cos)
+def _relation_layer(teacher: Teacher, loss: LossConfig) -> int:
+    """Counted from 0."""
+    return (loss.relation_layer or len(teacher.family.layers(teacher.model))) - 1

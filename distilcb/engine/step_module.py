@@ -14,8 +14,10 @@ from distilcb.config import LossConfig
 from distilcb.data.loader import Batch
 from distilcb.losses.head import HeadCoefficients, streamed_head
 from distilcb.losses.hidden import cosine_distance_sum
+from distilcb.losses.relation import relation_sum
 from distilcb.losses.triplet import TERMS, Coefficients
 from distilcb.models.families import Family
+from distilcb.models.projections import outputs_of
 from distilcb.models.teacher import TeacherOutput
 
 
@@ -37,7 +39,8 @@ class StepModule(nn.Module):
 
     def forward(self, batch: Batch, teacher: TeacherOutput | None, coefficients: Coefficients) -> tuple[Tensor, Tensor]:
         """The weighted loss of one micro-batch, and the detached fp32 sums of each term in the order of TERMS."""
-        states = self.family.encode(self.student, batch.input_ids)
+        with outputs_of(self._related_modules(coefficients)) as projections:
+            states = self.family.encode(self.student, batch.input_ids)
         hidden = states.reshape(-1, states.shape[-1])
         zero = torch.zeros((), device=hidden.device)
         cosine = zero
@@ -46,16 +49,30 @@ class StepModule(nn.Module):
             assert teacher.hidden is not None
             cosine = cosine_distance_sum(hidden, teacher.hidden)
         loss, sums = coefficients.cos * cosine, {"cos": cosine.detach()}
+        if coefficients.relation:
+            assert teacher is not None
+            assert teacher.projections is not None
+            ours = [projections[kind] for kind in range(len(teacher.projections))]
+            relation = relation_sum(ours, teacher.projections, heads=self.loss.relation_heads)
+            loss = loss + coefficients.relation * relation
+            sums["relation"] = relation.detach()
         if coefficients.kl or coefficients.mlm or coefficients.mse or coefficients.clm:
             head_loss, head_sums = self._head(hidden, batch, teacher, coefficients)
             loss = loss + head_loss
             sums |= head_sums
         return loss, torch.stack([sums.get(term, zero) for term in TERMS])
 
+    def _related_modules(self, coefficients: Coefficients) -> dict[int, nn.Module]:
+        """What makes queries, keys and values in the student's last layer, where its relations are learnt."""
+        if not coefficients.relation:
+            return {}
+        last = len(self.family.layers(self.student)) - 1
+        return dict(enumerate(self.family.projections(self.student, last)))
+
     def _head(
         self, hidden: Tensor, batch: Batch, teacher: TeacherOutput | None, coefficients: Coefficients
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = soft_rows(batch, self.loss)
+        rows = soft_rows(batch, self.loss) if coefficients.kl or coefficients.mse else None
         wanted = batch.labelled_rows if rows is None else rows
         features = self.family.head_features(self.student, hidden.index_select(0, wanted))
         weight, bias = self.family.decoder(self.student)

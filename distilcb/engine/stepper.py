@@ -82,6 +82,7 @@ class Stepper:
         self.student = student
         self.may_overflow = may_overflow
         self.engine, self.teacher, self.loss, self.optim = engine, teacher, loss, optim
+        self._whole_loss, self._counts = loss, counts
         self.cut, self.steps, self.seed, self.dropout, self.device = cut, steps, seed, dropout, device
         self.coefficients = coefficients(loss, counts, world_size=cut.world_size)
         # For each term the first step in which it was not finite on this rank; stays on the device.
@@ -98,11 +99,18 @@ class Stepper:
 
     def begin(self, step: int) -> OpenStep:
         """Set the rate of step `step`, and count its figures from here."""
+        self.turn_to(step)
         lr = learning_rate(self.optim, step=step, steps=self.steps)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         sums = torch.zeros(len(TERMS), dtype=torch.float64, device=self.device)
         return OpenStep(step, lr, sums, self.engine.skipped_steps)
+
+    def turn_to(self, step: int) -> None:
+        """Have `loss` and `coefficients` be those of step `step`, counted from 0; `loss.kl_until` ends some terms."""
+        if self._whole_loss.kl_until < 1:
+            self.loss = self._whole_loss.at(step, self.steps)
+            self.coefficients = coefficients(self.loss, self._counts, world_size=self.cut.world_size)
 
     def learn(self, opened: OpenStep, micro: int, batch: Batch, taught: TeacherOutput | None, *, move: int) -> None:
         """Take a micro-batch of the step, and after the last one the update.
@@ -149,7 +157,7 @@ class Stepper:
         return StepResult(opened.sums, opened.lr, self.engine.get_global_grad_norm(), skipped, data_wait_seconds)
 
     def teach(self, batch: Batch) -> TeacherOutput | None:
-        """What the student learns from in these blocks; None where no term needs a teacher."""
+        """What the student learns from in these blocks at the step turned to; None where no term needs a teacher."""
         (taught,) = lessons(self.teacher, [self.loss], batch)
         return taught
 

@@ -1,5 +1,7 @@
 """Each loss term in the plainest PyTorch there is: what the tests compare the fast code with."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,21 @@ def masked_lm(student_logits: Tensor, labels: Tensor) -> Tensor:
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Sum over rows of the squared distance of raw logits."""
     return ((student_logits - teacher_logits) ** 2).sum()
+
+
+def relation(student: Sequence[Tensor], teacher: Sequence[Tensor], *, heads: int) -> Tensor:
+    """Sum over tokens and kinds of KL(teacher's relations || student's), mean over heads.
+
+    student, teacher: queries, keys and values of a layer, (blocks, tokens, hidden) each.
+
+    Source: Wang et al. 2020, arXiv:2012.15828, section 3.1.
+    """
+    total = torch.zeros((), dtype=student[0].dtype)
+    for ours, theirs in zip(student, teacher, strict=True):
+        for one, other in zip(ours.chunk(heads, -1), theirs.chunk(heads, -1), strict=True):
+            q, p = (F.softmax(x @ x.transpose(1, 2) / x.shape[-1] ** 0.5, -1) for x in (one, other))
+            total = total + (p * (p.log() - q.log())).sum() / heads
+    return total
 
 
 def hidden_cosine(student_hidden: Tensor, teacher_hidden: Tensor) -> Tensor:

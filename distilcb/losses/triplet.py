@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from distilcb.config import LossConfig
 
-TERMS = ("kl", "mlm", "cos", "mse", "clm")
+TERMS = ("kl", "mlm", "cos", "mse", "clm", "relation")
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,14 @@ class Coefficients:
     cos: float
     mse: float
     clm: float = 0.0
+    relation: float = 0.0
 
 
 def divisors(loss: LossConfig, counts: Counts) -> dict[str, int]:
     """The global count that each term's sum is divided by."""
     soft, labelled = counts.attended if loss.kl_positions == "attended" else counts.labelled, counts.labelled
-    return {"kl": soft, "mlm": labelled, "cos": counts.attended, "mse": soft, "clm": labelled}
+    by = {"kl": soft, "mlm": labelled, "cos": counts.attended, "mse": soft, "clm": labelled}
+    return by | {"relation": counts.attended}
 
 
 def coefficients(loss: LossConfig, counts: Counts, *, world_size: int) -> Coefficients:

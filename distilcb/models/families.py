@@ -54,6 +54,14 @@ class Family(ABC):
     def max_seq_len(self, config: Any) -> int:
         """The longest block that the positions allow."""
 
+    def projections(self, model: Any, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """What makes queries, keys and values in a layer, counted from 0; (blocks, tokens, hidden) each.
+
+        Raises:
+            ConfigError: they are not made apart.
+        """
+        raise ConfigError(f"loss.relation: no layer of a {model.config.model_type} makes them apart. Set it to 0.")
+
     def config_like(self, config: Any) -> Any:
         """A configuration of this architecture with the sizes of another one's.
 
@@ -116,6 +124,10 @@ class Roberta(Family):
     def layers(self, model: Any) -> nn.ModuleList:
         return model.roberta.encoder.layer
 
+    def projections(self, model: Any, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        attention = model.roberta.encoder.layer[layer].attention.self
+        return attention.query, attention.key, attention.value
+
     def beside_layers(self, model: Any) -> list[nn.Module]:
         return [model.roberta.embeddings, model.lm_head]
 
@@ -141,6 +153,10 @@ class Bert(Family):
     def layers(self, model: Any) -> nn.ModuleList:
         return model.bert.encoder.layer
 
+    def projections(self, model: Any, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        attention = model.bert.encoder.layer[layer].attention.self
+        return attention.query, attention.key, attention.value
+
     def beside_layers(self, model: Any) -> list[nn.Module]:
         return [model.bert.embeddings, model.cls]
 
@@ -165,6 +181,10 @@ class DistilBert(Family):
 
     def layers(self, model: Any) -> nn.ModuleList:
         return model.distilbert.transformer.layer
+
+    def projections(self, model: Any, layer: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+        attention = model.distilbert.transformer.layer[layer].attention
+        return attention.q_lin, attention.k_lin, attention.v_lin
 
     def beside_layers(self, model: Any) -> list[nn.Module]:
         return [model.distilbert.embeddings, model.vocab_transform, model.vocab_layer_norm, model.vocab_projector]

@@ -1,5 +1,6 @@
 """The teacher: frozen, half precision, inference only, and never part of engine or checkpoint."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -8,6 +9,10 @@ import torch
 from torch import Tensor
 
 from distilcb.models.families import Family, family_of
+from distilcb.models.projections import outputs_of
+
+Projections = tuple[Tensor, ...]
+"""queries, keys and values of a layer, (blocks, tokens, hidden) each"""
 
 
 @dataclass(frozen=True)
@@ -19,12 +24,14 @@ class TeacherOutput:
     decoder: weight (vocab, hidden) and bias (vocab,) or None.
     logits: where several students learn from these features: what the first one's head makes of them, kept for the
         others (losses/head.py); None: nothing is kept.
+    projections: of the layer that the student is to relate like, or None.
     """
 
     hidden: Tensor | None
     features: Tensor | None
     decoder: tuple[Tensor, Tensor | None]
     logits: dict[int, Tensor] | None = None
+    projections: Projections | None = None
 
 
 class Teacher:
@@ -44,6 +51,19 @@ class Teacher:
         """(rows, hidden) last hidden states of (blocks, tokens) ids: nearly all of the teacher's work."""
         states = self.family.encode(self.model, input_ids)
         return states.reshape(-1, states.shape[-1])
+
+    def hidden_and_projections(
+        self, input_ids: Tensor, layers: Collection[int]
+    ) -> tuple[Tensor, dict[int, Projections]]:
+        """`hidden`, and by the same pass {layer: projections} of these layers, counted from 0."""
+        modules = {
+            (layer, kind): module
+            for layer in layers
+            for kind, module in enumerate(self.family.projections(self.model, layer))
+        }
+        with outputs_of(modules) as found:
+            hidden = self.hidden(input_ids)
+        return hidden, {layer: tuple(found[layer, kind] for kind in range(3)) for layer in layers}
 
     @torch.no_grad()
     def features(self, hidden: Tensor, soft_rows: Tensor) -> Tensor:

@@ -34,13 +34,20 @@ def shape_of(config: Any, *, feed_forward_size: int) -> ModelShape:
 
 
 def flops_per_token(
-    student: ModelShape, teacher: ModelShape | None, *, seq_len: int, soft_share: float, head_share: float
+    student: ModelShape,
+    teacher: ModelShape | None,
+    *,
+    seq_len: int,
+    soft_share: float,
+    head_share: float,
+    relates: bool = False,
 ) -> float:
     """Floating-point operations of one training token: 2 a weight forward, 4 backward, and attention.
 
     Args:
         soft_share: share of the tokens on which the teacher's distribution is made.
         head_share: share of the tokens on which the student's is.
+        relates: whether tokens' relations are learnt, whose scores are made again for the backward pass.
 
     Source: Kaplan et al. 2020, arXiv:2001.08361, table 1, with the vocabulary head and attention counted.
     """
@@ -51,7 +58,14 @@ def flops_per_token(
         head = teacher.hidden * (teacher.vocab + teacher.hidden)
         total += 2.0 * (teacher.layer_parameters + soft_share * head)
         total += 4.0 * teacher.layers * seq_len * teacher.hidden
+        if relates:
+            total += relation_flops(student.hidden, teacher.hidden, seq_len=seq_len)
     return total
+
+
+def relation_flops(student_hidden: int, teacher_hidden: int, *, seq_len: int) -> float:
+    """Of a token's relations: three products of a row with every token, made twice, and the student's two back."""
+    return 3 * 2.0 * seq_len * (4 * student_hidden + 2 * teacher_hidden)
 
 
 def peak_flops(device: torch.device) -> float | None:

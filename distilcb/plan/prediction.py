@@ -1,6 +1,6 @@
 """Memory, time, communication and disk of a run, by arithmetic; every assumption is a field or stands in a comment."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from distilcb.config import Config
 from distilcb.losses.head import rows_per_chunk
@@ -152,10 +152,22 @@ def bytes_per_step(sizes: Sizes, machine: Machine, *, width: int, micro_batches:
 
 
 def flop_per_token(config: Config, sizes: Sizes) -> float:
-    """Floating-point operations of one training token."""
+    """Floating-point operations of one training token, the mean over the steps."""
+    until = config.loss.kl_until
+    if until < 1:
+        first, last = replace(config.loss, kl_until=1.0), replace(config.loss.at(1, 1), kl_until=1.0)
+        parts = [flop_per_token(replace(config, loss=loss), sizes) for loss in (first, last)]
+        return until * parts[0] + (1 - until) * parts[1]
     soft, head = _head_rows(config, 1_000_000)
-    teacher, seq_len = sizes.teacher.shape if sizes.teacher else None, config.data.seq_len
-    total = flops_per_token(sizes.student.shape, teacher, seq_len=seq_len, soft_share=soft / 1e6, head_share=head / 1e6)
+    loss, seq_len = config.loss, config.data.seq_len
+    total = flops_per_token(
+        sizes.student.shape,
+        sizes.teacher.shape if sizes.teacher and loss.needs_teacher else None,
+        seq_len=seq_len,
+        soft_share=soft / 1e6,
+        head_share=head / 1e6,
+        relates=bool(loss.relation),
+    )
     if config.train.activation_checkpointing:  # the layers' forward pass once more, a third of what they take
         layers = flops_per_token(sizes.student.shape, None, seq_len=seq_len, soft_share=0, head_share=0)
         total += layers / 3

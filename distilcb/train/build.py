@@ -432,10 +432,11 @@ def _flops_per_token(config: Config, models: Models, counts: Counts) -> float:
     soft = 0.0 if not (loss.kl or loss.mse) else 1.0 if loss.kl_positions == "attended" else labelled_share
     return flops_per_token(
         _shape_of(models.student, models.family),
-        _shape_of(models.teacher.model, models.teacher.family) if models.teacher else None,
+        _shape_of(models.teacher.model, models.teacher.family) if models.teacher and loss.needs_teacher else None,
         seq_len=config.data.seq_len,
         soft_share=soft,
         head_share=max(soft, labelled_share),
+        relates=bool(loss.relation),
     )
 
 

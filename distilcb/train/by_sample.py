@@ -63,6 +63,7 @@ def figures_by_sample(
         loss_scale: fp16's, which keeps gradients in range here as it does in the step itself.
     """
     cut, device = stepper.cut, stepper.device
+    stepper.turn_to(step)
     weights = [weight for weight in spare.parameters() if weight.requires_grad]
     total = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     figures = torch.zeros(cut.global_batch, len(TERMS) + 1, dtype=torch.float64, device=device)

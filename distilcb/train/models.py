@@ -157,8 +157,31 @@ def _check_models(config: Config, built: Models) -> None:
             faults.append(
                 f"student's hidden_size {ours.hidden_size}, teacher's {theirs.hidden_size}: loss.cos must be 0."
             )
+        faults += relation_faults(config.loss, built.family, student, teacher)
     if faults:
         raise ConfigError("\n  ".join(faults))
+
+
+def relation_faults(loss: LossConfig, family: Family, student: Any, teacher: Teacher) -> list[str]:
+    """What is wrong where tokens' relations are to be learnt."""
+    if not loss.relation:
+        return []
+    faults, layers = [], len(teacher.family.layers(teacher.model))
+    if (loss.relation_layer or layers) > layers:
+        faults.append(f"loss.relation_layer={loss.relation_layer}: the teacher has {layers} layers, counted from 1.")
+    for name, model, its_family in (("student", student, family), ("teacher", teacher.model, teacher.family)):
+        size = model.config.hidden_size
+        if size % loss.relation_heads:
+            most = max(heads for heads in range(1, loss.relation_heads + 1) if size % heads == 0)
+            faults.append(
+                f"loss.relation_heads={loss.relation_heads}: the {name}'s hidden size {size} is no multiple of it. "
+                f"Use {most}, say."
+            )
+        try:
+            its_family.projections(model, 0)
+        except ConfigError as error:
+            faults.append(str(error))
+    return faults
 
 
 def kind_faults(loss: LossConfig, student: Any, teacher: Any | None) -> list[str]:

@@ -388,6 +388,10 @@ OUT_OF_RANGE = {
     "loss.clm": [-0.1],
     "loss.cos": [-0.1],
     "loss.mse": [-0.1],
+    "loss.relation": [-0.1],
+    "loss.relation_layer": [0, 1.5],
+    "loss.relation_heads": [0, 1.5],
+    "loss.kl_until": [0.0, 1.1],
     "loss.temperature": [0.0, -2],
     "optim.global_batch": [0, -8, 1.5],
     "optim.micro_batch": [0, -8, 1.5],
@@ -472,6 +476,12 @@ STUDENT_ALONE = {
     ("tree", "named"),
     [
         ({"loss": {"kl": 0, "mlm": 0, "cos": 0}}, ["loss", "every weight is 0"]),
+        ({"loss": {"relation": 1}, "train": {"compile": True}}, ["loss.relation=1 and train.compile"]),
+        (
+            {"loss": {"relation": 1}, "train": {"activation_checkpointing": True}},
+            ["loss.relation=1 and train.activation_checkpointing"],
+        ),
+        ({"loss": {"mlm": 0, "cos": 0, "kl_until": 0.5}}, ["loss.kl_until=0.5", "Give loss.mlm one"]),
         ({"loss": {"clm": 0.1}}, ["loss.mlm=0.2 and loss.clm=0.1", "Set one to 0"]),
         ({"loss": {"kl": 0, "mlm": 0, "cos": 0}}, ["every weight is 0"]),
         (merged(STUDENT_ALONE, {"loss": {"kl": 1}}), ["teacher.model", "loss.kl"]),

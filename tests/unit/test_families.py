@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from distilcb.config import REPOSITORY
-from distilcb.errors import ModelError
+from distilcb.errors import ConfigError, ModelError
 from distilcb.models import families
 from distilcb.models.families import FAMILIES, family_of
+from distilcb.models.projections import outputs_of
 
 architectures = pytest.mark.parametrize(
     "architecture", ["camembert", "roberta", "xlm-roberta", "bert", "distilbert", "gpt2"]
@@ -79,6 +80,29 @@ def test_attention_is_one_fused_operator_a_layer(tiny_model, architecture):
         family.encode(model, random_ids(model, 16))
     assert ran.names["_scaled_dot_product_flash_attention_for_cpu"] == len(family.layers(model))
     assert not ran.names.keys() & {"bmm", "_softmax"}
+
+
+@pytest.mark.parametrize("architecture", ["camembert", "roberta", "xlm-roberta", "bert", "distilbert"])
+@torch.no_grad()
+def test_queries_keys_and_values_make_what_attention_hands_on(tiny_model, architecture):
+    model = tiny_model(architecture)
+    family, heads = family_of(model.config, where="test"), model.config.num_attention_heads
+    attention = family.layers(model)[2].attention
+    handed_on = []
+    after = attention.out_lin if architecture == "distilbert" else attention.output.dense
+    after.register_forward_pre_hook(lambda _module, inputs: handed_on.append(inputs[0]))
+    with outputs_of(dict(enumerate(family.projections(model, 2)))) as found:
+        family.encode(model, random_ids(model, 16))
+    query, key, value = (found[kind].unflatten(-1, (heads, -1)).transpose(1, 2) for kind in range(3))
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(plain, handed_on[0])
+    assert all(not module._forward_hooks for module in family.projections(model, 2))
+
+
+def test_a_gpt2_makes_them_in_one_product_and_says_so(tiny_model):
+    model = tiny_model("gpt2")
+    with pytest.raises(ConfigError, match=r"loss\.relation: no layer of a gpt2 makes them apart"):
+        family_of(model.config, where="test").projections(model, 0)
 
 
 @architectures

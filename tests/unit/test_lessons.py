@@ -20,6 +20,8 @@ OBJECTIVES = {
     "cos alone": LossConfig(kl=0, mlm=0, cos=1.0),
     "no teacher": LossConfig(kl=0, mlm=1.0, cos=0),
     "kl alone": LossConfig(kl=1.0, mlm=0, cos=0),
+    "relations": LossConfig(kl=0, mlm=0, cos=0, relation=1.0, relation_heads=4),
+    "relations of another layer": LossConfig(relation=1.0, relation_layer=2, relation_heads=8),
 }
 
 
@@ -70,6 +72,9 @@ def test_each_student_is_given_what_it_needs_and_nothing_else(teacher, batch):
     assert given["no teacher"] is None
     assert given["cos alone"].features is None
     assert given["kl alone"].hidden is None
+    assert given["kl alone"].projections is None
+    last, second = (given[name].projections for name in ("relations", "relations of another layer"))
+    assert not torch.equal(last[0], second[0])
     assert (len(given["masked rows"].features), len(given["published"].features)) == (12, 48)
 
 

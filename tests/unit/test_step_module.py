@@ -27,6 +27,8 @@ LOSSES = {
     "cos alone": LossConfig(kl=0, mlm=0, cos=1.0),
     "mlm and cos": LossConfig(kl=0, mlm=1.0, cos=1.0),
     "mlm alone": LossConfig(kl=0, mlm=1.0, cos=0),
+    "relation alone": LossConfig(kl=0, mlm=0, cos=0, relation=1.0, relation_heads=8),
+    "with relation of an earlier layer": LossConfig(relation=0.5, relation_layer=2, relation_heads=4),
 }
 NO_TEACHER_NEEDED = {"mlm alone"}
 every_loss = pytest.mark.parametrize("name", LOSSES)
@@ -59,6 +61,13 @@ def logits_and_hidden(model, ids):
     return output.logits.flatten(0, 1), output.hidden_states[-1].flatten(0, 1)
 
 
+def plain_projections(model, layer, ids):
+    """Queries, keys and values of a layer, counted from 1, from the hidden states before it."""
+    before = model(ids, output_hidden_states=True).hidden_states[layer - 1]
+    attention = model.base_model.encoder.layer[layer - 1].attention.self
+    return [getattr(attention, name)(before) for name in ("query", "key", "value")]
+
+
 def plain_sums(student, teacher_model, loss, batch):
     """Each term's sum from the models' own full logits, without regard to its weight."""
     logits, hidden = logits_and_hidden(student, batch.input_ids)
@@ -70,6 +79,11 @@ def plain_sums(student, teacher_model, loss, batch):
         sums["kl"] = reference.soft_target_kl(logits[rows], teacher_logits[rows], temperature=loss.temperature)
         sums["mse"] = reference.logit_mse(logits[rows], teacher_logits[rows])
         sums["cos"] = reference.hidden_cosine(hidden, teacher_hidden)
+        if loss.relation:
+            with torch.no_grad():
+                theirs = plain_projections(teacher_model, loss.relation_layer or 4, batch.input_ids)
+            ours = plain_projections(student, len(student.base_model.encoder.layer), batch.input_ids)
+            sums["relation"] = reference.relation(ours, theirs, heads=loss.relation_heads)
     return sums
 
 
@@ -77,6 +91,7 @@ def plain_loss(sums, loss):
     """What docs/objective.md says: each weight times the mean of its term."""
     soft = BLOCKS * LENGTH if loss.kl_positions == "attended" else BLOCKS * MASKED
     by = {"kl": soft, "mse": soft, "mlm": BLOCKS * MASKED, "cos": BLOCKS * LENGTH}
+    by["relation"] = BLOCKS * LENGTH
     return sum(getattr(loss, term) * total / by[term] for term, total in sums.items())
 
 
@@ -120,9 +135,9 @@ def test_sums_are_those_of_the_terms_with_a_weight_and_0_for_all_others(student,
 
 @pytest.mark.parametrize("term", TERMS)
 def test_the_loss_is_the_weight_times_the_mean_of_its_term(student, teacher_model, batch, term):
-    alone = LossConfig(**(dict.fromkeys(TERMS, 0.0) | {term: 3.0}), kl_positions="masked")
+    alone = LossConfig(**(dict.fromkeys(TERMS, 0.0) | {term: 3.0}), kl_positions="masked", relation_heads=4)
     value, sums = run_step(student, teacher_model, alone, batch)
-    rows = BLOCKS * (LENGTH if term == "cos" else MASKED)
+    rows = BLOCKS * (LENGTH if term in ("cos", "relation") else MASKED)
     assert value.item() == pytest.approx(3.0 * sums[TERMS.index(term)].item() / rows, rel=1e-6)
 
 

@@ -9,21 +9,22 @@ from distilcb.losses.triplet import TERMS, Counts, active_terms, coefficients, d
 
 # 4 blocks of 100 tokens, 15 masked in each
 COUNTS = Counts(attended=400, labelled=60)
-LOSS = LossConfig(kl=0.5, mlm=0.2, cos=0.3, mse=0.1)
+LOSS = LossConfig(kl=0.5, mlm=0.2, cos=0.3, mse=0.1, relation=0.7)
 
 
 def test_each_term_is_divided_by_the_rows_it_is_summed_over():
-    assert divisors(LOSS, COUNTS) == {"kl": 400, "mlm": 60, "cos": 400, "mse": 400, "clm": 60}
+    assert divisors(LOSS, COUNTS) == {"kl": 400, "mlm": 60, "cos": 400, "mse": 400, "clm": 60, "relation": 400}
 
 
 def test_kl_and_mse_on_masked_positions_are_divided_by_those():
     masked = dataclasses.replace(LOSS, kl_positions="masked")
-    assert divisors(masked, COUNTS) == {"kl": 60, "mlm": 60, "cos": 400, "mse": 60, "clm": 60}
+    assert divisors(masked, COUNTS) == {"kl": 60, "mlm": 60, "cos": 400, "mse": 60, "clm": 60, "relation": 400}
 
 
 def test_a_coefficient_is_weight_over_count():
     found = dataclasses.asdict(coefficients(LOSS, COUNTS, world_size=1))
-    assert found == pytest.approx({"kl": 0.5 / 400, "mlm": 0.2 / 60, "cos": 0.3 / 400, "mse": 0.1 / 400, "clm": 0})
+    wanted = {"kl": 0.5 / 400, "mlm": 0.2 / 60, "cos": 0.3 / 400, "mse": 0.1 / 400, "clm": 0, "relation": 0.7 / 400}
+    assert found == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 64])
@@ -37,9 +38,9 @@ def test_coefficients_grow_with_the_ranks_over_which_deepspeed_takes_a_mean(worl
 def test_the_mean_over_ranks_of_what_is_optimised_is_the_weighted_loss(kl_positions):
     loss = dataclasses.replace(LOSS, kl_positions=kl_positions)
     sums_by_rank = [
-        {"kl": 70.0, "mlm": 33.0, "cos": 12.0, "mse": 900.0, "clm": 0.0},
-        {"kl": 10.0, "mlm": 66.0, "cos": 19.0, "mse": 100.0, "clm": 0.0},
-        {"kl": 45.0, "mlm": 1.0, "cos": 0.0, "mse": 555.0, "clm": 0.0},
+        {"kl": 70.0, "mlm": 33.0, "cos": 12.0, "mse": 900.0, "clm": 0.0, "relation": 40.0},
+        {"kl": 10.0, "mlm": 66.0, "cos": 19.0, "mse": 100.0, "clm": 0.0, "relation": 3.0},
+        {"kl": 45.0, "mlm": 1.0, "cos": 0.0, "mse": 555.0, "clm": 0.0, "relation": 0.0},
     ]
     factors = dataclasses.asdict(coefficients(loss, COUNTS, world_size=3))
     optimised = sum(factors[term] * sums[term] for sums in sums_by_rank for term in TERMS) / 3
@@ -49,13 +50,13 @@ def test_the_mean_over_ranks_of_what_is_optimised_is_the_weighted_loss(kl_positi
 
 
 def test_weighted_loss_by_hand():
-    means = {"kl": 2.0, "mlm": 5.0, "cos": 1.0, "mse": 10.0, "clm": 7.0}
-    assert weighted_loss(means, LOSS) == pytest.approx(1 + 1 + 0.3 + 1)
+    means = {"kl": 2.0, "mlm": 5.0, "cos": 1.0, "mse": 10.0, "clm": 7.0, "relation": 10.0}
+    assert weighted_loss(means, LOSS) == pytest.approx(1 + 1 + 0.3 + 1 + 7)
     assert weighted_loss(means, LossConfig(kl=0, mlm=0, cos=0, clm=2)) == 14
 
 
 def test_only_terms_with_a_weight_are_active_in_a_fixed_order():
-    assert active_terms(LOSS) == ("kl", "mlm", "cos", "mse")
+    assert active_terms(LOSS) == ("kl", "mlm", "cos", "mse", "relation")
     assert active_terms(LossConfig(kl=0, mlm=1, cos=1, mse=0)) == ("mlm", "cos")
     assert active_terms(LossConfig(kl=0, mlm=0, cos=0, mse=0)) == ()
     assert active_terms(LossConfig(kl=1, mlm=0, cos=0, clm=1)) == ("kl", "clm")
@@ -65,6 +66,10 @@ def test_a_term_without_weight_has_a_coefficient_of_0():
     assert coefficients(LossConfig(mse=0), COUNTS, world_size=5).mse == 0
 
 
+def test_relations_are_divided_by_every_token():
+    assert divisors(LossConfig(relation=1, kl_positions="masked"), COUNTS)["relation"] == COUNTS.attended
+
+
 def test_every_weight_of_the_loss_section_is_a_term():
     weights = {field.name for field in dataclasses.fields(LossConfig) if isinstance(field.default, float)}
-    assert weights - {"temperature"} == set(TERMS)
+    assert weights - {"temperature", "kl_until"} == set(TERMS)
