@@ -277,8 +277,12 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 
 def differences(old: dict[str, Any], new: Config) -> list[str]:
-    """Lines 'name: old -> new' for each setting that differs and can alter the result."""
-    before = flatten({name: value for name, value in old.items() if name != "provenance"})
+    """Lines 'name: old -> new' for each setting that differs and can alter the result.
+
+    A setting that there was none of when the old ones were written had its default: a new one's must alter nothing.
+    """
+    before = flatten(to_plain(Config()))
+    before |= flatten({name: value for name, value in old.items() if name != "provenance"})
     after = flatten(to_plain(new))
     return [
         f"{name}: {before.get(name)!r} -> {after.get(name)!r}"

@@ -632,10 +632,11 @@ def test_a_configuration_does_not_differ_from_what_was_saved_of_it(recipe):
     assert differences(saved, config) == []
 
 
-def test_a_setting_that_was_not_saved_is_a_difference():
+def test_a_run_from_before_a_setting_was_there_had_its_default():
     saved = to_plain(Config())
-    del saved["train"]["seed"]
-    assert differences(saved, Config()) == ["train.seed: None -> 0"]
+    del saved["loss"]["relation"]
+    assert differences(saved, Config()) == []
+    assert differences(saved, validate(nested("loss.relation", 0.5))) == ["loss.relation: 0.0 -> 0.5"]
 
 
 # sections
