@@ -199,6 +199,18 @@ class TrainConfig:
 
 
 @section
+class CardConfig:
+    language: Annotated[
+        tuple[Annotated[str, Field(pattern="^([a-z]{2,3}|multilingual)$")], ...], BeforeValidator(_as_list)
+    ] = ()
+    """of the student, for its model card, as the hub has them: fr, en, multilingual"""
+    license: Annotated[str, Field(pattern="^[a-z0-9.-]+$")] | None = None
+    """of the student, as the hub names it: mit, apache-2.0, cc-by-sa-4.0"""
+    datasets: Paths = ()
+    """hub names of what it was trained on"""
+
+
+@section
 class Config:
     """The whole of a run. Only train/build.py sees all of it; each part is given its own section."""
 
@@ -209,6 +221,7 @@ class Config:
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    card: CardConfig = CardConfig()
     deepspeed: str = "auto"
     """a file of ds_configs/, or 'auto': fp16 on CUDA, bf16 on CPUs that have it, else fp32"""
 
@@ -231,6 +244,9 @@ RESULT_NEUTRAL = frozenset(
         "train.stall_minutes",
         "train.activation_checkpointing",
         "train.compile",
+        "card.language",
+        "card.license",
+        "card.datasets",
         "deepspeed",  # precision is a fact of the run, and stage 2 the only one there is
     }
 )
@@ -240,6 +256,7 @@ RESULT_NEUTRAL = frozenset(
 FREE_AMONG_STUDENTS = frozenset(
     {
         "student",
+        "card",
         "data.sample_sentences",
         "loss",
         "optim.name",

@@ -69,6 +69,9 @@ def parser_of(description: str | None) -> Parser:
     speed = parser.add_argument_group("size and speed, in place of text unless --heldout is given too")
     speed.add_argument("--speed", action="store_true", help="parameters, bytes, time a text; beside the teacher's")
     speed.add_argument("--lengths", type=number(1), nargs="+", help="tokens of a text (default: 16 128 512)")
+    parser.add_argument(
+        "--card", action="store_true", help="also write tasks and speed into each model's own README.md, its card"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     return parser
 
@@ -87,6 +90,8 @@ def check_options(options: argparse.Namespace) -> None:
         faults += [f"--{name} is of held-out text: name it with --heldout" for name in _OF_TEXT if given[name]]
     if (options.tasks or options.speed) and discover().size > 1:
         faults.append("one process fine-tunes and times: start --tasks and --speed with python")
+    if options.card and not (options.tasks or options.speed):
+        faults.append("--card is filled from --tasks or --speed")
     if options.lengths and not options.speed:
         faults.append("--lengths is of --speed")
     if options.seeds and len(set(options.seeds)) < len(options.seeds):
@@ -113,10 +118,29 @@ def run(options: argparse.Namespace) -> None:
     check_options(options)
     if _text_is_wanted(options):
         _evaluate_text(options)
-    if options.tasks:
-        _evaluate_tasks(options)
-    if options.speed:
-        _time(options)
+    if options.card:
+        _check_cards(options)
+    made = _evaluate_tasks(options) if options.tasks else None
+    speed = _time(options) if options.speed else None
+    if options.card:
+        _fill_cards(options, made, speed)
+
+
+def _check_cards(options: argparse.Namespace) -> None:
+    """Before hours of work."""
+    from distilcb.finetune.cards import card_of
+
+    for model in options.models:
+        card_of(model)
+
+
+def _fill_cards(options: argparse.Namespace, made: "dict[str, Any] | None", speed: str | None) -> None:
+    from distilcb.finetune.cards import fill_card
+
+    tasks = {asked.task.name: asked.task for asked in _asked_tasks(options)} if options.tasks else {}
+    for name, model in _names(options).items():
+        if model != options.teacher:
+            print(f"card: {fill_card(model, name, made=made, tasks=tasks, speed=speed)}")
 
 
 def _text_is_wanted(options: argparse.Namespace) -> bool:
@@ -141,16 +165,17 @@ def _evaluate_text(options: argparse.Namespace) -> None:
     distributed.stop()
 
 
-def _evaluate_tasks(options: argparse.Namespace) -> None:
+def _evaluate_tasks(options: argparse.Namespace) -> dict[str, Any]:
     output = options.output / TASKS_FOLDER
     evaluation = evaluation_of(options)
     from distilcb.finetune.evaluation_report import as_markdown
 
     made = evaluation.run(output)
     print(f"{as_markdown(made)}\n\nresults: {output}")
+    return made
 
 
-def _time(options: argparse.Namespace) -> None:
+def _time(options: argparse.Namespace) -> str:
     if not uses_cuda():
         size_cpu_threads(discover())
     from distilcb.eval.speed import LENGTHS as TIMED
@@ -160,7 +185,9 @@ def _time(options: argparse.Namespace) -> None:
     of = {name: sizes(model) for name, model in models.items()}
     seconds = speeds(models, lengths=options.lengths or TIMED)
     rows = speed_rows(of, seconds, beside=next(iter(models)))
-    print(f"{write_speeds(options.output, of, seconds, rows)}\n\nresults: {options.output}")
+    page = write_speeds(options.output, of, seconds, rows)
+    print(f"{page}\n\nresults: {options.output}")
+    return page
 
 
 def _names(options: argparse.Namespace) -> dict[str, str]:

@@ -97,7 +97,8 @@ def as_markdown(made: Mapping[str, Any]) -> str:
     rows = [["", *(f"{name}: {_words(found['metric'])}" for name, found in tasks.items())]]
     rows.append(["without pre-training", *(_number(found["floor"].get(found["metric"])) for found in tasks.values())])
     rows += [
-        [name, *(_mean(found["models"][name], found["metric"]) for found in tasks.values())] for name in made["models"]
+        [name, *(mean_of(found["models"][name], found["metric"]) for found in tasks.values())]
+        for name in made["models"]
     ]
     parts = [
         table(rows),
@@ -126,7 +127,7 @@ def _retained(made: Mapping[str, Any]) -> list[str]:
     rows = [["of the teacher", *made["tasks"]]]
     for name in names:
         shares = [found["models"][name].get("retained") for found in made["tasks"].values()]
-        rows.append([name, *(_share(each) for each in shares)])
+        rows.append([name, *(share_of(each) for each in shares)])
         rows.append([f"{name}, above the floor", *(_percent(each and each["above_floor"]) for each in shares)])
     note = (
         f"The model's mean over the teacher's, with its {CONFIDENCE:.0%} interval over seeds; then the same "
@@ -137,7 +138,7 @@ def _retained(made: Mapping[str, Any]) -> list[str]:
 
 def _zero_shot(tasks: Mapping[str, Any]) -> list[str]:
     rows = [
-        [name, f"{task} → {other}", _mean(found["models"][name]["others"][other], found["metric"])]
+        [name, f"{task} → {other}", mean_of(found["models"][name]["others"][other], found["metric"])]
         for task, found in tasks.items()
         for name in found["models"]
         for other in found["models"][name].get("others", {})
@@ -149,7 +150,7 @@ def _details(task: str, found: Mapping[str, Any]) -> str:
     rows = [[task, *map(_words, found["columns"]), "seeds"]]
     rows.append(["without pre-training", *(_number(found["floor"].get(column)) for column in found["columns"]), ""])
     for name, each in found["models"].items():
-        rows.append([name, *(_mean(each, column) for column in found["columns"]), str(len(each["seeds"]))])
+        rows.append([name, *(mean_of(each, column) for column in found["columns"]), str(len(each["seeds"]))])
     diverged = [
         f"{name}: seed {', '.join(map(str, each['diverged']))} ended with a loss that was no number and counts nowhere."
         for name, each in found["models"].items()
@@ -174,7 +175,8 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _share(found: Mapping[str, float | None] | None) -> str:
+def share_of(found: Mapping[str, float | None] | None) -> str:
+    """What `retained` gave, for a table."""
     if found is None or found["share"] is None:
         return "–"
     if found["low"] is None:
@@ -182,7 +184,8 @@ def _share(found: Mapping[str, float | None] | None) -> str:
     return f"{_percent(found['share'])} ({_percent(found['low'])} to {_percent(found['high'])})"
 
 
-def _mean(found: Mapping[str, Any], column: str) -> str:
+def mean_of(found: Mapping[str, Any], column: str) -> str:
+    """A model's mean ± standard deviation, for a table."""
     if column not in found["mean"]:
         return "–"
     deviation = found["deviation"].get(column)

@@ -74,6 +74,11 @@ def card_facts(config: Config, *, name: str, steps: int, heldout: dict[str, Any]
             for name, value in flatten(config).items()
             if name.split(".")[0] in _SECTIONS
         },
+        widget=tuple(with_mask),
+        base_model=_hub_name(config.teacher.model),
+        language=config.card.language,
+        license=config.card.license,
+        datasets=config.card.datasets,
     )
     return replace(facts, example=with_mask[0]) if with_mask else facts
 
@@ -81,6 +86,11 @@ def card_facts(config: Config, *, name: str, steps: int, heldout: dict[str, Any]
 def _public_name(model: str | None) -> str | None:
     """A hub name as it is, of a path the last part: a card is read elsewhere."""
     return Path(model).name if model and Path(model).expanduser().exists() else model
+
+
+def _hub_name(model: str | None) -> str | None:
+    """A model's name, unless it is a path."""
+    return model if model and not Path(model).expanduser().exists() else None
 
 
 def _find(folder: RunFolder, step: int | None) -> Checkpoint:

@@ -35,7 +35,7 @@ def evaluated(commands, models, data, tmp_path_factory):
     teacher, student = models
     output = tmp_path_factory.mktemp("evaluated") / "output"
     words = [student, "--teacher", teacher, "--tasks", "ner_fr", "allocine_fr", "--data", data, "--seeds", 0, 1]
-    words += ["--zero_shot", "ner_fr:ner_de", "--epochs", 5, "--lr", 3e-3, "--output", output]
+    words += ["--zero_shot", "ner_fr:ner_de", "--epochs", 5, "--lr", 3e-3, "--output", output, "--card"]
     return words, output, commands.python("evaluate", *words)
 
 
@@ -68,6 +68,15 @@ def test_every_model_is_trained_on_every_task_with_every_seed(evaluated, models)
     for part in ("ner_fr: entity f1", "allocine_fr: accuracy", "ner_fr → ner_de", "without pre-training"):
         assert part in page
         assert part in ended.stdout
+
+
+def test_the_students_card_has_the_table_and_the_teachers_is_left_alone(evaluated, models):
+    teacher, student = models
+    card = (student / "README.md").read_text(encoding="utf-8")
+    assert "## Fine-tuned on tasks\n\n|  | metric | this model | its teacher | retained |" in card
+    assert "| ner_fr | entity f1 |" in card
+    assert "model-index:" in card
+    assert "Fine-tuned on tasks" not in (teacher / "README.md").read_text(encoding="utf-8")
 
 
 def test_scores_are_those_of_the_predictions_that_are_kept(evaluated, models):

@@ -619,7 +619,9 @@ def test_a_changed_setting_is_a_difference_unless_it_is_neutral(name):
 
 def test_neutral_settings_exist_and_none_of_them_says_what_is_learned():
     assert set(SETTINGS) >= RESULT_NEUTRAL
-    assert {name.split(".")[0] for name in RESULT_NEUTRAL} == {"data", "deepspeed", "optim", "teacher", "train"}
+    assert {name.split(".")[0] for name in RESULT_NEUTRAL} == {
+        *("card", "data", "deepspeed", "optim", "teacher", "train"),
+    }
     assert {name for name in RESULT_NEUTRAL if name.startswith("optim.")} == {"optim.micro_batch"}
     assert RESULT_NEUTRAL.isdisjoint({"train.steps", "train.seed", "data.fraction", "data.seq_len", "student.init"})
     # Of these the content is compared, wherever it lies.

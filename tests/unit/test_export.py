@@ -272,6 +272,19 @@ def test_a_cards_front_matter_is_yaml_that_says_what_the_model_is_for(model, tea
     assert front["tags"] == ["distillation" if teacher else "masked-lm", "fr", "a: tag with a colon"]
 
 
+def test_a_cards_front_matter_has_what_the_hub_asks_for(model):
+    facts = {"language": ("fr",), "license": "mit", "datasets": ("oscar",), "base_model": "camembert-base"}
+    front = front_matter(card(model, **facts, widget=("Un <mask> noir.",)))
+    assert (front["language"], front["license"], front["datasets"]) == (["fr"], "mit", ["oscar"])
+    assert (front["base_model"], front["widget"]) == ("camembert-base", [{"text": "Un <mask> noir."}])
+    assert front_matter(card(model)).keys() == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_a_causal_models_widget_is_what_stands_before_the_mask(model):
+    text = model_card(model.config, CardFacts(**(vars(FACTS) | {"widget": ("Un chat <mask>.",)})), None)
+    assert front_matter(text)["widget"] == [{"text": "Un chat"}]
+
+
 def test_a_card_names_the_teacher_and_the_size_of_student_and_training(model):
     text = card(model)
     for fact in ("# a student\n", "`camembert-base`", "2 layers", "hidden size 32", "8,005", "1,500", "98,304,000"):
@@ -285,6 +298,11 @@ def test_a_student_without_a_teacher_is_not_called_distilled(model):
 def test_a_card_shows_the_table_it_is_given_and_no_empty_section(model):
     assert f"\n## Held-out text\n\n{TABLE}\n\n" in card(model, table=TABLE)
     assert "Held-out" not in card(model)
+
+
+def test_a_card_says_what_the_model_is_not_for(model):
+    assert "## Limits\n\nIt reads 40 tokens at most. It knows the text that it and its teacher saw" in card(model)
+    assert "its teacher" not in card(model, teacher=None)
 
 
 def test_a_card_lists_every_setting_as_json(model):

@@ -1,0 +1,123 @@
+"""What an evaluation found, in a student's model card: README.md of its folder."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from distilcb.engine.checkpoint import write_durably
+from distilcb.errors import ConfigError, ModelError, first_line, writing
+from distilcb.eval.report import as_markdown
+from distilcb.export.model_card import with_results, with_sections
+from distilcb.finetune.evaluation import TEACHER
+from distilcb.finetune.evaluation_report import mean_of, share_of
+from distilcb.models.loading import load_config
+from distilcb.tasks.declarations import Task
+
+# Of the model card of cmarkea/distilcamembert-base, F1 in hundredths on the official splits.
+PUBLISHED_DISTILCAMEMBERT = {"cls_fr": 83, "pawsx_fr": 77, "xnli_fr": 68, "wikiner_fr": 92, "ner_fr": 92}
+
+_HUB_TASKS = {
+    "classification": "text-classification",
+    "regression": "sentence-similarity",
+    "tagging": "token-classification",
+    "question_answering": "question-answering",
+}
+_HUB_METRICS = {
+    "mcc": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "accuracy": "accuracy",
+    "exact_match": "exact_match",
+}
+
+
+def card_of(model: str) -> Path:
+    """The card of a model's folder; raises ConfigError where there is none to fill."""
+    card = Path(model).expanduser() / "README.md"
+    if not card.is_file():
+        raise ConfigError(
+            f"--card: {card} is not there. Needed: folders that launch/train.py or launch/export.py wrote; leave "
+            "--card out for other models."
+        )
+    return card
+
+
+def fill_card(
+    model: str, name: str, *, made: Mapping[str, Any] | None, tasks: Mapping[str, Task], speed: str | None
+) -> Path:
+    """Put an evaluation into a model's card, in place of an earlier one; returns the card.
+
+    Args:
+        model: its folder.
+        name: what it is called in `made`.
+        made: what is in tasks/results.json.
+        tasks: by name, those of `made`.
+        speed: what is in speed.md.
+
+    Raises:
+        ConfigError, ModelError: no card, or one that cannot be read or written.
+    """
+    card = card_of(model)
+    sections = {}
+    if made:
+        sections["Fine-tuned on tasks"] = _tasks_section(model, name, made)
+    if speed:
+        sections["Size and speed"] = speed
+    try:
+        text = with_sections(card.read_text(encoding="utf-8"), sections)
+        if made:
+            text = with_results(text, _results(name, made, tasks), name=Path(model).resolve().name)
+    except ValueError as error:
+        raise ModelError(f"{card} cannot be filled ({first_line(error)}). Export the model again.") from error
+    with writing(card.parent, ConfigError, "Free some space and run the same command again."):
+        write_durably(card, text)
+    return card
+
+
+def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
+    has_teacher = TEACHER in made["models"]
+    published = PUBLISHED_DISTILCAMEMBERT if _is_like_distilcamembert(model) else {}
+    head = ["", "metric", "this model", *(["its teacher", "retained"] if has_teacher else []), "without pre-training"]
+    rows = [head + (["published, F1"] if published else [])]
+    for task, found in made["tasks"].items():
+        own, metric = found["models"][name], found["metric"]
+        row = [task, metric.replace("_", " "), mean_of(own, metric)]
+        if has_teacher:
+            row += [mean_of(found["models"][TEACHER], metric), share_of(own.get("retained"))]
+        floor = found["floor"].get(metric)
+        row.append("–" if floor is None else f"{floor:.2f}")
+        rows.append(row + ([str(published.get(task, "–"))] if published else []))
+    recipe = made["recipe"]
+    seeds = sorted({len(found["models"][name]["seeds"]) for found in made["tasks"].values()})
+    note = (
+        f"Mean ± standard deviation over {' to '.join(map(str, seeds))} seeds, in hundredths; {recipe['epochs']:g} "
+        f"epochs, batches of {recipe['batch']}, learning rate {recipe['lr']:g}."
+    )
+    if published:
+        note += (
+            " Published: the F1 of cmarkea/distilcamembert-base's card, on the official splits; where these rows are "
+            "others, only the order of size can be compared."
+        )
+    return f"{as_markdown(rows)}\n\n{note}"
+
+
+def _is_like_distilcamembert(model: str) -> bool:
+    config = load_config(model)
+    return (config.model_type, config.num_hidden_layers, config.hidden_size) == ("camembert", 6, 768)
+
+
+def _results(name: str, made: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=_HUB_TASKS[tasks[task].kind],
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=_HUB_METRICS.get(found["metric"], "f1"),
+            metric_name=f"{found['metric'].replace('_', ' ')}, mean over seeds",
+            metric_value=round(found["models"][name]["mean"][found["metric"]], 2),
+        )
+        for task, found in made["tasks"].items()
+        if found["metric"] in found["models"][name]["mean"]
+    ]

@@ -1,0 +1,88 @@
+"""What an evaluation puts into a student's model card."""
+
+import pytest
+import yaml
+
+from distilcb.errors import ConfigError, ModelError
+from distilcb.export.model_card import CardFacts, model_card, with_sections
+from distilcb.finetune.cards import card_of, fill_card
+from distilcb.finetune.evaluation_report import summary_of_task
+from distilcb.tasks.declarations import TASKS
+
+CARD = "---\nlicense: mit\n---\n\n# a model\n\n## Held-out text\n\nold\n\n## Settings\n\n| a | b |\n"
+
+
+def seeds(*values):
+    return {seed: {"figures": {"accuracy": value, "macro_f1": value}} for seed, value in enumerate(values)}
+
+
+@pytest.fixture
+def made():
+    """As tasks/results.json holds it."""
+    results = {"teacher": seeds(80.0, 82.0), "student": seeds(70.0, 74.0)}
+    found = summary_of_task(results, ("accuracy", "macro_f1"), {"accuracy": 50.0}, teacher="teacher")
+    recipe = {"epochs": 3.0, "batch": 8, "lr": 5e-5}
+    return {"models": dict.fromkeys(results, ""), "recipe": recipe, "tasks": {"xnli_fr": found}}
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    model = tiny_model(layers=1)
+    model.save_pretrained(tmp_path / "student")
+    facts = CardFacts("student", "camembert-base", 5, 100, settings={"loss.kl": 0.5})
+    (tmp_path / "student" / "README.md").write_text(model_card(model.config, facts), encoding="utf-8")
+    return str(tmp_path / "student")
+
+
+def test_a_section_goes_before_the_settings_and_replaces_its_like():
+    once = with_sections(CARD, {"Tasks": "| first |"})
+    assert once.index("## Held-out text") < once.index("## Tasks\n\n| first |\n\n") < once.index("## Settings")
+    again = with_sections(once, {"Tasks": "| second |"})
+    assert "first" not in again
+    assert again == with_sections(CARD, {"Tasks": "| second |"})
+    last = with_sections(again, {"Settings": "none", "Held-out text": "new"})
+    assert "## Settings\n\nnone\n" in last
+    assert "old" not in last
+    assert "## Tasks\n\n| second |\n" in last
+
+
+def test_a_card_without_settings_gets_its_section_at_the_end():
+    assert with_sections("# a model\n", {"Tasks": "one"}) == "# a model\n\n## Tasks\n\none\n"
+
+
+def test_what_was_found_is_in_the_card_and_its_front_matter(folder, made):
+    for _ in range(2):  # a second evaluation takes the place of the first
+        card = fill_card(folder, "student", made=made, tasks={"xnli_fr": TASKS["xnli_fr"]}, speed="| fast |")
+    text = card.read_text(encoding="utf-8")
+    assert text.count("## Fine-tuned on tasks") == text.count("## Size and speed\n\n| fast |") == 1
+    assert "| xnli_fr | accuracy | 72.00 ± 2.83 | 81.00 ± 1.41 | 88.9% (" in text
+    assert "published" not in text  # a tiny model is no DistilCamemBERT
+    assert text.index("## Size and speed") < text.index("## Settings")
+    front = yaml.safe_load(text.split("---\n")[1])
+    (result,) = front["model-index"][0]["results"]
+    assert result["task"]["type"] == "text-classification"
+    assert result["metrics"][0] == {"type": "accuracy", "value": 72.0, "name": "accuracy, mean over seeds"}
+    assert front["pipeline_tag"] == "fill-mask"
+
+
+def test_a_student_of_distilcamemberts_size_has_the_published_row_beside_its_own(folder, made, tiny_model):
+    config = tiny_model(layers=1).config
+    config.num_hidden_layers, config.hidden_size = 6, 768
+    config.save_pretrained(folder)
+    text = fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8")
+    assert "| 50.00 | 68 |" in text
+    assert "Size and speed" not in text
+
+
+def test_a_folder_without_a_card_is_told_before_anything_is_measured(tmp_path):
+    with pytest.raises(ConfigError, match=r"--card: .*README.md is not there"):
+        card_of(str(tmp_path))
+
+
+def test_front_matter_that_is_none_is_told_and_the_card_left_alone(folder, made):
+    card = card_of(folder)
+    card.write_text("---\nlicense: [mit\n---\n\n# a model\n", encoding="utf-8")
+    before = card.read_bytes()
+    with pytest.raises(ModelError, match="cannot be filled"):
+        fill_card(folder, "student", made=made, tasks=TASKS, speed=None)
+    assert card.read_bytes() == before
