@@ -78,8 +78,8 @@ def model_card(config: Any, facts: CardFacts, mask_token: str | None = "<mask>")
         )
     longest = family_of(config, where="model").max_seq_len(config)
     parts.append(
-        f"## Limits\n\nIt reads {longest} tokens at most. It knows the text that it{' and its teacher' if facts.teacher else ''} "
-        "saw, and repeats what was one-sided there. It is made to be fine-tuned: what it "
+        f"## Limits\n\nIt reads {longest} tokens at most. It knows the text that it"
+        f"{' and its teacher' if facts.teacher else ''} saw, and repeats what was one-sided there. It is made to be fine-tuned: what it "
         f"{'writes' if causal else 'fills in'} by itself is no fact.\n"
     )
     if facts.settings:
@@ -94,7 +94,7 @@ def _as_asked(sentence: str, mask_token: str | None) -> str:
 
 
 def with_sections(card: str, sections: Mapping[str, str]) -> str:
-    """The card with these sections, {title: text}, in place of those of their titles, else before limits and settings."""
+    """The card with sections, {title: text}, in place of those of their titles, else before limits and settings."""
     for title, text in sections.items():
         made = f"## {title}\n\n{text.strip()}\n\n"
         there = re.search(rf"(?ms)^## {re.escape(title)}\n.*?(?=^## |\Z)", card)
