@@ -79,8 +79,8 @@ def model_card(config: Any, facts: CardFacts, mask_token: str | None = "<mask>")
     longest = family_of(config, where="model").max_seq_len(config)
     parts.append(
         f"## Limits\n\nIt reads {longest} tokens at most. It knows the text that it"
-        f"{' and its teacher' if facts.teacher else ''} saw, and repeats what was one-sided there. It is made to be fine-tuned: what it "
-        f"{'writes' if causal else 'fills in'} by itself is no fact.\n"
+        f"{' and its teacher' if facts.teacher else ''} saw, and repeats what was one-sided there. It is made to be "
+        f"fine-tuned: what it {'writes' if causal else 'fills in'} by itself is no fact.\n"
     )
     if facts.settings:
         rows = "\n".join(f"| {name} | `{json.dumps(value)}` |" for name, value in facts.settings.items())

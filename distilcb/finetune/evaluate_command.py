@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilcb.command_line import Parser, number
-from distilcb.errors import ConfigError
+from distilcb.errors import ConfigError, writing
 from distilcb.finetune.command import LENGTHS
 from distilcb.hub import HUB_PREFIX
 from distilcb.launcher import discover
@@ -120,8 +120,8 @@ def run(options: argparse.Namespace) -> None:
         _evaluate_text(options)
     if options.card:
         _check_cards(options)
-    made = _evaluate_tasks(options) if options.tasks else None
     speed = _time(options) if options.speed else None
+    made = _evaluate_tasks(options) if options.tasks else None
     if options.card:
         _fill_cards(options, made, speed)
 
@@ -171,8 +171,23 @@ def _evaluate_tasks(options: argparse.Namespace) -> dict[str, Any]:
     from distilcb.finetune.evaluation_report import as_markdown
 
     made = evaluation.run(output)
+    _write_page(output, made)
     print(f"{as_markdown(made)}\n\nresults: {output}")
     return made
+
+
+def _write_page(output: Path, made: dict[str, Any]) -> None:
+    """results.html, with speeds where they have been measured into the same folder."""
+    from distilcb.engine.checkpoint import write_durably
+    from distilcb.finetune.evaluation_report import as_markdown
+    from distilcb.finetune.plots import as_page
+    from distilcb.finetune.runs import ON_FULL_DISK, read_json
+
+    speed = output.parent / "speed.json"
+    page = as_page(made, as_markdown(made), read_json(speed)["seconds"] if speed.is_file() else None)
+    if page is not None:
+        with writing(output, ConfigError, ON_FULL_DISK):
+            write_durably(output / "results.html", page)
 
 
 def _time(options: argparse.Namespace) -> str:

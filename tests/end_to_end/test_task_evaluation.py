@@ -64,6 +64,7 @@ def test_every_model_is_trained_on_every_task_with_every_seed(evaluated, models)
     assert found["ner_fr"]["models"]["teacher"]["mean"]["entity_f1"] > 90
     assert found["ner_fr"]["models"]["teacher"]["others"]["ner_de"]["mean"]["entity_f1"] > 90
     assert found["allocine_fr"]["floor"]["accuracy"] == 100  # words alone tell these films apart
+    assert "<svg" in (output / "tasks" / "results.html").read_text(encoding="utf-8")
     page = (output / "tasks" / "results.md").read_text(encoding="utf-8")
     for part in ("ner_fr: entity f1", "allocine_fr: accuracy", "ner_fr → ner_de", "without pre-training"):
         assert part in page
