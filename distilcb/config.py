@@ -142,7 +142,7 @@ class LossConfig:
 
     def at(self, step: int, steps: int) -> "LossConfig":
         """The objective of step `step`, counted from 0, of `steps`."""
-        return replace(self, kl=0.0, mse=0.0) if step >= self.kl_until * steps else self
+        return replace(self, kl=0.0, mse=0.0) if step >= round(self.kl_until * steps, 6) else self
 
 
 @section

@@ -83,16 +83,22 @@ class ShardedLamb(torch.optim.Optimizer):
         return update.add_(weight, alpha=group["weight_decay"])
 
     def _scale(self, weights: list[Tensor], updates: list[Tensor]) -> None:
-        """Make each matrix's update as long as the matrix; one of zeros keeps Adam's."""
-        squares = torch.zeros(2, self._matrices, dtype=torch.float64, device=device())
+        """Make each matrix's update as long as the matrix; one of zeros keeps Adam's.
+
+        A matrix whose gradient is 0 all over, as the head's is once no term needs it, stays: what is left of its
+        momentum would be made as long as any other step.
+        """
+        squares = torch.zeros(3, self._matrices, dtype=torch.float64, device=device())
+        gradients = [weight.grad.to(weight.dtype) for weight in weights if weight.grad is not None]
         for each in self._stretches:
-            for row, tensors in enumerate((weights, updates)):
+            for row, tensors in enumerate((weights, updates, gradients)):
                 norm = torch.linalg.vector_norm(self._cut(tensors, each))
                 squares[row, each.matrix] = norm.double().square()
         if self._is_sharded:
             all_reduce_sum(squares)
-        length, step = squares.sqrt().unbind()
-        ratio = torch.where((length > 0) & (step > 0), length / step, 1.0).float()
+        length, step, gradient = squares.sqrt().unbind()
+        ratio = torch.where((length > 0) & (step > 0), length / step, 1.0)
+        ratio = torch.where(gradient > 0, ratio, 0.0).float()
         for each in self._stretches:
             self._cut(updates, each).mul_(ratio[each.matrix])
 

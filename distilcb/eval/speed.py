@@ -126,7 +126,8 @@ def speed_rows(
     cases = list(seconds[beside])
     rows = [["", "parameters", "MB", *(_title(case) for case in cases)]]
     for name, times in seconds.items():
-        model, _, kind = name.partition(", ")
+        kind = next((each for each in ("onnx", "int8") if name not in sizes_of and name.endswith(f", {each}")), "")
+        model = name.removesuffix(f", {kind}") if kind else name
         facts = sizes_of[model]
         files = {"": ".safetensors", "onnx": ONNX, "int8": INT8}
         held = sum(size for file, size in facts["bytes"].items() if files[kind] in file)

@@ -54,7 +54,15 @@ class AskedTask:
     zero_shot: tuple["AskedTask", ...] = ()
 
     def __post_init__(self) -> None:
+        names = [other.task.name for other in self.zero_shot]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"--zero_shot: {self.task.name} is followed by one task twice: {', '.join(names)}.")
         for other in self.zero_shot:
+            if other.task.metrics != self.task.metrics:
+                raise ConfigError(
+                    f"--zero_shot {self.task.name}:{other.task.name}: one is scored by {', '.join(self.task.metrics)}, "
+                    f"the other by {', '.join(other.task.metrics)}. They must be the same."
+                )
             if (other.task.kind, other.task.labels) != (self.task.kind, self.task.labels):
                 raise ConfigError(
                     f"--zero_shot {self.task.name}:{other.task.name}: one has the labels "
@@ -83,10 +91,13 @@ class Evaluation:
     split: str | None = None
     train_rows: int | None = None
     folders: dict[str, str] = field(init=False)
-    _measured: dict[tuple[str, str], LabelledTask] = field(init=False, default_factory=dict, repr=False)
+    _measured: dict[tuple[str, str, str], LabelledTask] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        folders = {name: re.sub(r"[^\w.-]+", "_", name).strip("_.") for name in self.models}
+        folders = {
+            name: re.sub(r"[^\w.-]+", "_", name).strip("_.") or Path(model).resolve().name
+            for name, model in self.models.items()
+        }
         for folder in folders.values():
             same = [other for other in folders if folders[other] == folder]
             if len(same) > 1:
@@ -181,11 +192,13 @@ class Evaluation:
 
     def _others(self, asked: AskedTask, name: str) -> dict[str, LabelledTask]:
         """What else a model is measured on, read once."""
+        found = {}
         for other in asked.zero_shot:
-            key = (other.task.name, name)
+            key = (other.task.name, other.source, name)
             if key not in self._measured:
                 self._measured[key] = self._subject(other, self.models[name], heldout_only=True)
-        return {other.task.name: self._measured[other.task.name, name] for other in asked.zero_shot}
+            found[other.task.name] = self._measured[key]
+        return found
 
     def _check(self, folder: Path, asked: AskedTask, subjects: Mapping[str, LabelledTask]) -> None:
         """Refuse what would mix with other results, and models that the task cannot have; make the floor."""
@@ -198,12 +211,14 @@ class Evaluation:
             "stride": self.stride,
             "recipe": asdict(self.recipe),
             "zero_shot": {
-                title: other.content for title, other in self._others(asked, next(iter(self.models))).items()
+                title: {"declared": asdict(other.task), "content": other.content}
+                for title, other in self._others(asked, next(iter(self.models))).items()
             },
         }
         check_settings(folder / "settings.json", settings)
         for name, model in self.models.items():
             subjects[name].load(model, fine_tuned=False)
+            self._others(asked, name)
             check_settings(folder / self.folders[name] / "settings.json", {"content": content_of(model)})
         if not (folder / "floor.json").is_file():
             figures = floor(asked.task, first.training_rows, first.heldout.rows)

@@ -20,6 +20,9 @@ from distilcb.tasks.declarations import Task
 
 log = logging.getLogger(__name__)
 
+# Beside weights and tokenizer*.json, *.model: what decides what a model computes.
+_DECIDING = ("config.json", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json")
+
 _CLASSES = {
     "question_answering": transformers.AutoModelForQuestionAnswering,
     "classification": transformers.AutoModelForSequenceClassification,
@@ -150,11 +153,13 @@ def _pieces(tokenizer: Any, text: str | list[str]) -> list[str]:
 
 
 def content_of(name: str) -> str:
-    """A hash of a model's configuration and weights, as they lie in its folder."""
+    """A hash of a model's configuration, weights and tokenizer, as they lie in its folder."""
     digest = xxhash.xxh3_128()
     folder = model_folder(name)
     for path in sorted(
-        path for path in folder.iterdir() if path.name == "config.json" or path.suffix == ".safetensors"
+        path
+        for path in folder.iterdir()
+        if path.name in _DECIDING or path.suffix in (".safetensors", ".model") or path.name.startswith("tokenizer")
     ):
         digest.update(path.name.encode())
         with path.open("rb") as stream:

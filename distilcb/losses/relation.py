@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+_PAIRS_AT_ONCE = 1 << 25
+"""numbers of the matrices that are worked on together, about 22 bytes each"""
+
 
 def relation_sum(student: Sequence[Tensor], teacher: Sequence[Tensor], *, heads: int) -> Tensor:
     """Sum over tokens of KL(teacher's relations || student's), mean over heads, sum over kinds; a scalar, fp32.
@@ -25,8 +28,15 @@ def relation_sum(student: Sequence[Tensor], teacher: Sequence[Tensor], *, heads:
     for ours, theirs in zip(student, teacher, strict=True):
         if ours.shape[:2] != theirs.shape[:2]:
             raise ValueError(f"student's projections {tuple(ours.shape)}, teacher's {tuple(theirs.shape)}")
-        total = total + checkpoint(_one_kind, ours, theirs, heads, use_reentrant=False, preserve_rng_state=False)
+        blocks = blocks_at_once(heads, ours.shape[1])
+        for some, others in zip(ours.split(blocks), theirs.split(blocks), strict=True):
+            total = total + checkpoint(_one_kind, some, others, heads, use_reentrant=False, preserve_rng_state=False)
     return total
+
+
+def blocks_at_once(heads: int, tokens: int) -> int:
+    """How many blocks' matrices are there together: what they take does not grow with the micro-batch."""
+    return max(1, _PAIRS_AT_ONCE // (heads * tokens**2))
 
 
 def _one_kind(student: Tensor, teacher: Tensor, heads: int) -> Tensor:

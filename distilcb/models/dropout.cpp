@@ -23,18 +23,19 @@ inline uint64_t signs_of(uint64_t bits, uint64_t four_drops) {
     return ~((bits | TOP) - four_drops) & TOP;
 }
 
-inline float above_zero(float value) { return value > 0 ? value : 0.0f; }
+// What was dropped says nothing, be it infinite.
+inline float kept(float weight, float gradient) { return weight > 0 ? weight * gradient : 0.0f; }
 
 // gradient, by weight, becomes that by score: p (g - sum of p g), p the weight's size and g 0 where it was dropped.
 template <class Number>
 __attribute__((noinline)) void backward_of_row(Number* gradient, const Number* weights, int64_t length) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < length; ++i) sum += above_zero(weights[i]) * float(gradient[i]);
+    for (int64_t i = 0; i < length; ++i) sum += kept(weights[i], gradient[i]);
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
         const float weight = weights[i], size = weight < 0 ? -weight : weight;
-        gradient[i].set(above_zero(weight) * float(gradient[i]) - size * sum);
+        gradient[i].set(kept(weight, gradient[i]) - size * sum);
     }
 }
 

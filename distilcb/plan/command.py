@@ -79,6 +79,9 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
     micro_batch = most if asked == "auto" else asked
     accumulation = accumulation_steps(replace(config.optim, micro_batch=micro_batch), machine.gpus)
     rate, measured_on = _measured_rate(command) if options.calibrate else (None, "")
+    if rate is not None:  # that of the first steps, and loss.kl_until makes the last ones cheaper
+        first = replace(config, loss=replace(config.loss, kl_until=1.0))
+        rate *= flop_per_token(first, sizes) / flop_per_token(config, sizes)
     parts = memory(config, sizes, machine, micro_batch=micro_batch, width=width)
     one = step(config, sizes, machine, micro_batch=micro_batch, width=width, token_rate=rate)
     hours = one.seconds * config.train.steps / 3600

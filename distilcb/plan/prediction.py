@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from distilcb.config import Config
 from distilcb.losses.head import rows_per_chunk
+from distilcb.losses.relation import blocks_at_once
 from distilcb.monitor.metrics import flops_per_token
 from distilcb.plan.sizes import ModelSizes, Sizes
 
@@ -78,6 +79,12 @@ def memory(config: Config, sizes: Sizes, machine: Machine, *, micro_batch: int, 
         passing = rows * width * (4 * shape.hidden + 2 * shape.intermediate)
         parts["teacher: weights"] = width * teacher.parameters
         parts["teacher: outputs"] = width * shape.hidden * (rows + soft) + passing
+        if config.loss.relation:
+            # Of one kind and some blocks, in the backward pass: scores, and as measured five times as many numbers in
+            # fp32; and the projections of both models.
+            blocks = min(micro_batch, blocks_at_once(config.loss.relation_heads, config.data.seq_len))
+            pairs = blocks * config.data.seq_len**2 * config.loss.relation_heads
+            parts["relations"] = pairs * (5 * 4.0 + width) + 3.0 * width * rows * (hidden + shape.hidden)
     return Memory(parts)
 
 

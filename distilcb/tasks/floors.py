@@ -31,8 +31,9 @@ def _by_words(task: Task, training: Sequence[Row], heldout: Sequence[Row]) -> li
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    if len({row[task.target] for row in training}) < 2:
-        return [task.labels[training[0][task.target]]] * len(heldout)
+    labels = Counter(row[task.target] for row in training)
+    if len(labels) < 2 or not any(_names_of(task, row) for row in training):
+        return [task.labels[labels.most_common(1)[0][0]]] * len(heldout)
     names = TfidfVectorizer(lowercase=False, analyzer=lambda row: _names_of(task, row), min_df=1, sublinear_tf=True)
     model = make_pipeline(names, LogisticRegression(max_iter=1000))
     model.fit(training, [row[task.target] for row in training])

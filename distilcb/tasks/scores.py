@@ -43,7 +43,8 @@ def subword_f1(
     """F1 over sub-words, O among the types of entities, as hundredths; not to be compared with an entity's F1.
 
     A word's tag counts once for each of its tokens, B and I are one type, and types are averaged by how many tokens
-    they have: the "global" F1 of the card of cmarkea/distilcamembert-base-ner, where nine tokens of ten are O.
+    they have: as the "global" F1 of the card of cmarkea/distilcamembert-base-ner, which says no more of how, where nine
+    tokens of ten are O.
 
     Args:
         gold, predicted: tags, one a word.
@@ -51,8 +52,10 @@ def subword_f1(
     """
     from sklearn.metrics import f1_score
 
-    right, said = ([tag.rpartition("-")[2] for tag in _flat(rows)] for rows in (gold, predicted))
+    right, said = ([tag.partition("-")[2] or tag for tag in _flat(rows)] for rows in (gold, predicted))
     weights = [int(count) for row in tokens for count in row]
+    if not any(weights):
+        return 0.0
     return 100 * float(f1_score(right, said, average="weighted", sample_weight=weights, zero_division=0))
 
 

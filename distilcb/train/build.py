@@ -11,7 +11,7 @@ import torch
 
 from distilcb import distributed, native
 from distilcb.command_line import CommandLine
-from distilcb.config import Config, accumulation_steps
+from distilcb.config import Config, LossConfig, accumulation_steps
 from distilcb.data.blocks import Blocks, BlockSource
 from distilcb.data.languages import order_of
 from distilcb.data.loader import (
@@ -118,10 +118,10 @@ class Run:
         """The student model inside the engine, in the run's precision."""
         return self.engine.module.student
 
-    @cached_property
+    @property
     def flops_per_token(self) -> float:
-        """Work of one training token, see monitor/metrics.py."""
-        return _flops_per_token(self.config, self.models, self.counts)
+        """Work of one training token at the step that was taken last, see monitor/metrics.py."""
+        return _flops_per_token(self.config, self.models, self.counts, self.stepper.loss)
 
     @cached_property
     def batches(self) -> Iterator[Batch]:
@@ -426,9 +426,8 @@ def _restore(
     return Progress(newest.step, **kept)
 
 
-def _flops_per_token(config: Config, models: Models, counts: Counts) -> float:
+def _flops_per_token(config: Config, models: Models, counts: Counts, loss: LossConfig) -> float:
     labelled_share = counts.labelled / counts.attended
-    loss = config.loss
     soft = 0.0 if not (loss.kl or loss.mse) else 1.0 if loss.kl_positions == "attended" else labelled_share
     return flops_per_token(
         _shape_of(models.student, models.family),

@@ -96,7 +96,8 @@ def _write_onnx(folder: Path, *, int8: bool) -> str:
 
 
 def _told(kind: str, facts: dict[str, Any]) -> str:
+    chosen = f"; {facts['agreement']:.1%} of first choices are the same" if "agreement" in facts else ""
     return (
         f"{kind}: of random tokens, logits differ from PyTorch's by at most {facts['error']:.2g} of their standard "
-        f"deviation; {facts['agreement']:.1%} of first choices are the same"
+        f"deviation{chosen}"
     )

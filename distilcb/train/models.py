@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -169,14 +170,15 @@ def relation_faults(loss: LossConfig, family: Family, student: Any, teacher: Tea
     faults, layers = [], len(teacher.family.layers(teacher.model))
     if (loss.relation_layer or layers) > layers:
         faults.append(f"loss.relation_layer={loss.relation_layer}: the teacher has {layers} layers, counted from 1.")
-    for name, model, its_family in (("student", student, family), ("teacher", teacher.model, teacher.family)):
-        size = model.config.hidden_size
-        if size % loss.relation_heads:
-            most = max(heads for heads in range(1, loss.relation_heads + 1) if size % heads == 0)
-            faults.append(
-                f"loss.relation_heads={loss.relation_heads}: the {name}'s hidden size {size} is no multiple of it. "
-                f"Use {most}, say."
-            )
+    ours, theirs = student.config.hidden_size, teacher.model.config.hidden_size
+    if ours % loss.relation_heads or theirs % loss.relation_heads:
+        both = math.gcd(ours, theirs)
+        most = max(heads for heads in range(1, min(loss.relation_heads, both) + 1) if both % heads == 0)
+        faults.append(
+            f"loss.relation_heads={loss.relation_heads}: the hidden sizes, student {ours} and teacher {theirs}, must "
+            f"be multiples of it. Use {most}, say."
+        )
+    for model, its_family in ((student, family), (teacher.model, teacher.family)):
         try:
             its_family.projections(model, 0)
         except ConfigError as error:

@@ -264,6 +264,7 @@ def surroundings() -> dict[str, Any]:
     import transformers
 
     import distilcb
+    from distilcb import native
 
     libraries = {"distilcb": distilcb, "torch": torch, "deepspeed": deepspeed}
     libraries |= {"transformers": transformers, "datasets": datasets}
@@ -273,6 +274,7 @@ def surroundings() -> dict[str, Any]:
         | {name: str(module.__version__) for name, module in libraries.items()},
         "device": torch.cuda.get_device_name() if uses_cuda() else "cpu",
         "threads": torch.get_num_threads(),
+        "own_cpp": not uses_cuda() and native.library() is not None,
     }
 
 

@@ -60,4 +60,6 @@ def test_stopped_in_the_second_part_it_goes_on_there(commands, run, tmp_path):
 def test_relations_that_cannot_be_are_refused(commands, tmp_path):
     words = ["--run_dir", tmp_path / "run", *commands.small, "--loss.relation", "1", "--loss.relation_heads", "7"]
     ended = commands.python("train", *words, "--loss.relation_layer", "13")
-    assert_refused(ended, "relation_layer=13: the teacher has 12 layers", "student's hidden size 128 is no multiple")
+    assert_refused(
+        ended, "relation_layer=13: the teacher has 12 layers", "student 128 and teacher 128, must be multiples"
+    )

@@ -110,6 +110,13 @@ def test_a_gradient_that_is_no_number_stays_one(each_way):
     assert found[1:].isfinite().all()
 
 
+def test_an_infinite_gradient_of_what_was_dropped_does_not_matter(each_way):
+    upstream, signed = softmax_case(SINGLE)
+    dropped = int((signed[0, 0] < 0).nonzero()[0])
+    upstream[0, 0, dropped] = torch.inf
+    assert softmax_backward(upstream, signed).isfinite().all()
+
+
 def test_what_is_kept_is_scaled_to_the_probability_that_was_meant():
     assert scale_of_kept(0.1) == pytest.approx(1 / 0.9, rel=1e-5)
     assert scale_of_kept(0.0) == 1

@@ -36,6 +36,11 @@ def test_training_rows_of_one_label_give_that_one():
     assert floor(REVIEWS, rows, heldout)["accuracy"] == 50
 
 
+def test_texts_without_a_word_give_the_most_frequent_label():
+    rows = [{"text": text, "label": label} for text, label in (("!!!", 0), ("???", 1), ("…", 1))]
+    assert floor(REVIEWS, rows, rows)["accuracy"] == pytest.approx(200 / 3)
+
+
 def test_a_word_has_its_most_frequent_tag_and_an_unknown_one_that_of_rare_words():
     rows = [tags("pos_fr_gsd", ("la", "DET"), ("chatte", "NOUN")), tags("pos_fr_gsd", ("la", "DET"), ("ville", "NOUN"))]
     rows += [tags("pos_fr_gsd", ("la", "PRON"))]

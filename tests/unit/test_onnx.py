@@ -83,6 +83,22 @@ def test_int8_is_smaller_and_near(folder):
     assert torch.corrcoef(torch.stack([near.flatten(), exact.flatten()]))[0, 1] > 0.98
 
 
+def test_one_number_a_text_has_an_error_and_no_choice(folder):
+    where = folder()
+    AutoModelForSequenceClassification.from_pretrained(where, num_labels=1).save_pretrained(where)
+    facts = export_onnx(where, int8=False)["onnx"]
+    assert 0 < facts["error"] < 1e-3
+    assert "agreement" not in facts
+
+
+def test_an_int8_of_an_earlier_export_does_not_stay_beside_a_new_onnx(folder):
+    where = folder()
+    export_onnx(where, int8=True)
+    assert (where / INT8).is_file()
+    export_onnx(where, int8=False)
+    assert sorted(path.name for path in (where / "onnx").iterdir()) == ["model.onnx"]
+
+
 def test_onnx_that_computes_something_else_is_not_kept(folder, monkeypatch):
     where, write = folder(), onnx._write_plain
 

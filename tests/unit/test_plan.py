@@ -182,3 +182,24 @@ def test_a_teacher_that_cannot_be_had_is_an_error(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="nobody/nothing"):
         plan_from([*RECIPE[:2], "--gpus", "8", "--gpu", "h100", "--teacher.model", "nobody/nothing"], description=None)
+
+
+def test_relations_take_memory_that_does_not_grow_with_the_micro_batch(sizes):
+    words = ("--loss.relation", "1", "--data.seq_len", "512")
+    plain, few, many = (
+        memory(config(*asked), sizes, NODE, micro_batch=size, width=2).parts
+        for asked, size in ((words[2:], 2), (words, 2), (words, 64))
+    )
+    assert "relations" not in plain
+    # 2 blocks x 48 heads x 512 x 512 tokens, and queries, keys and values of both models
+    assert few["relations"] == pytest.approx(2 * 48 * 512**2 * 22 + 2 * 512 * 3 * 2 * (768 + 768))
+    assert many["relations"] - few["relations"] == pytest.approx(62 * 512 * 3 * 2 * (768 + 768))
+
+
+def test_work_is_the_mean_over_steps_with_kl_and_without(sizes):
+    whole, masked = (prediction.flop_per_token(config(*words), sizes) for words in ((), ("--loss.kl", "0")))
+    assert prediction.flop_per_token(config("--loss.kl_until", "0.75"), sizes) == pytest.approx(
+        0.75 * whole + 0.25 * masked
+    )
+    alone = prediction.flop_per_token(config("--loss.kl", "0", "--loss.cos", "0", "--loss.mlm", "1"), sizes)
+    assert alone < 0.7 * masked  # the teacher is not run

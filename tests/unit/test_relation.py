@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distilcb.config import LossConfig
+from distilcb.losses import relation
 from distilcb.losses.relation import relation_sum
 from distilcb.models.families import family_of
 from distilcb.models.teacher import Teacher
@@ -55,7 +56,7 @@ def test_hidden_sizes_may_differ():
 def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     student = [each.requires_grad_() for each in states(1)]
     found = relation_sum(student, states(1), heads=HEADS)
-    assert float(found) == pytest.approx(0, abs=1e-5)
+    assert found.item() == pytest.approx(0, abs=1e-5)
     for gradient in torch.autograd.grad(found, student):
         assert gradient.abs().max() < 1e-6
 
@@ -82,6 +83,15 @@ def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_square_of_the
     assert not [each for each in kept if each.shape[-2:] == (TOKENS, TOKENS)]
 
 
+def test_blocks_may_be_taken_some_at_a_time(monkeypatch):
+    student = [each.requires_grad_() for each in states(1)]
+    whole = torch.autograd.grad(relation_sum(student, states(2), heads=HEADS), student)
+    assert relation.blocks_at_once(48, 512) * 48 * 512**2 <= 1 << 25
+    monkeypatch.setattr(relation, "_PAIRS_AT_ONCE", 1)  # one at a time, though even one has more
+    parts = torch.autograd.grad(relation_sum(student, states(2), heads=HEADS), student)
+    torch.testing.assert_close(parts, whole)
+
+
 def test_half_precision_is_near():
     low = relation_sum(states(1, dtype=torch.bfloat16), states(2, dtype=torch.bfloat16), heads=HEADS)
     assert low.dtype == torch.float32
@@ -99,8 +109,8 @@ def test_other_shapes_are_refused():
         ({"relation_heads": 4}, {}, []),
         ({"relation": 0.0, "relation_heads": 5, "relation_layer": 9}, {}, []),
         ({"relation_heads": 4, "relation_layer": 5}, {}, ["relation_layer=5: the teacher has 4 layers"]),
-        ({"relation_heads": 12}, {}, ["student's hidden size 32 is no multiple of it. Use 8", "teacher's hidden size"]),
-        ({"relation_heads": 8}, {"hidden_size": 20}, ["student's hidden size 20 is no multiple of it. Use 5"]),
+        ({"relation_heads": 12}, {}, ["student 32 and teacher 32, must be multiples of it. Use 8"]),
+        ({"relation_heads": 8}, {"hidden_size": 20}, ["student 20 and teacher 32, must be multiples of it. Use 4"]),
     ],
 )
 def test_layers_and_heads_that_cannot_be_are_told(tiny_model, loss, sizes, told):

@@ -60,6 +60,9 @@ def test_rows_have_times_and_ratios():
     rows = speed_rows({"teacher": facts, "student": facts}, seconds, beside="teacher")
     assert rows[0] == ["", "parameters", "MB", "16 tokens: ms, ratio", "32 of 16: texts/s, ratio"]
     assert rows[2] == ["student", "2.5 M", "10.0", "10.0, 2.00", "320.0, 4.00"]
+    strange = {"a, b": facts, "c, onnx": facts}
+    rows = speed_rows(strange, {name: {"1 x 4": 0.01} for name in [*strange, "a, b, int8"]}, beside="a, b")
+    assert [row[:2] for row in rows[1:]] == [["a, b", "2.5 M"], ["c, onnx", "2.5 M"], ["a, b, int8", ""]]
     with pytest.raises(ModelError, match="nobody is none of teacher, student"):
         speed_rows({}, seconds, beside="nobody")
 

@@ -73,3 +73,11 @@ def test_relations_are_divided_by_every_token():
 def test_every_weight_of_the_loss_section_is_a_term():
     weights = {field.name for field in dataclasses.fields(LossConfig) if isinstance(field.default, float)}
     assert weights - {"temperature", "kl_until"} == set(TERMS)
+
+
+@pytest.mark.parametrize(("until", "steps", "last"), [(0.55, 100, 55), (0.07, 100_000, 7000), (0.5, 5, 3), (1.0, 9, 9)])
+def test_kl_is_learnt_for_its_share_of_the_steps(until, steps, last):
+    loss = dataclasses.replace(LOSS, kl_until=until)
+    with_kl = [step for step in range(steps) if loss.at(step, steps).kl]
+    assert with_kl == list(range(last))
+    assert loss.at(steps - 1, steps).mlm == loss.mlm

@@ -1,0 +1,75 @@
+"""What an evaluation is asked for."""
+
+from dataclasses import replace
+
+import pytest
+
+from distilcb.errors import ConfigError
+from distilcb.finetune.evaluation import AskedTask, Evaluation
+from distilcb.finetune.models import content_of
+from distilcb.finetune.training import Recipe
+from distilcb.tasks.declarations import TASKS
+from distilcb.tasks.scores import subword_f1
+
+ENGLISH, FRENCH = TASKS["ner_en"], TASKS["ner_fr"]
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ([AskedTask(replace(FRENCH, metrics=("accuracy",)), "a")], "scored by"),
+        ([AskedTask(replace(FRENCH, labels=("O", "B-X", "I-X")), "a")], "has the labels"),
+        ([AskedTask(FRENCH, "a"), AskedTask(FRENCH, "b")], "one task twice"),
+    ],
+)
+def test_what_a_model_cannot_be_measured_on_too_is_refused(others, told):
+    with pytest.raises(ConfigError, match=told):
+        AskedTask(ENGLISH, "here", tuple(others))
+
+
+def evaluation(**models):
+    return Evaluation(models=models, tasks=(), recipe=Recipe(), max_lengths={}, stride=1)
+
+
+def test_models_have_folders_by_their_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = Evaluation(
+        models={name: name for name in ("runs/mini/student", "camembert-base", ".")},
+        tasks=(),
+        recipe=Recipe(),
+        max_lengths={},
+        stride=1,
+    ).folders
+    assert list(found.values()) == ["runs_mini_student", "camembert-base", tmp_path.name]
+
+
+def test_models_that_would_share_a_folder_are_refused():
+    with pytest.raises(ConfigError, match="would share the folder a_b"):
+        evaluation(**{"a/b": "a/b", "a_b": "a_b"})
+
+
+def test_another_tokenizer_is_another_model(tiny_model, tmp_path):
+    tiny_model(layers=1).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "README.md").write_text("one")
+    before = content_of(str(tmp_path))
+    (tmp_path / "README.md").write_text("another")
+    assert content_of(str(tmp_path)) == before
+    (tmp_path / "tokenizer.json").write_text('{"lower": true}')
+    assert content_of(str(tmp_path)) != before
+
+
+def test_subwords_carry_their_words_tags():
+    """By hand: PER has 3 of its 4 sub-words right and one of O's taken for it, O 5 of 6."""
+    right = [["B-PER", "I-PER", "O"], ["O"]]
+    said = [["B-PER", "O", "O"], ["B-PER"]]
+    person = 2 * 3 / (4 + 4)
+    other = 2 * 5 / (6 + 6)
+    wanted = 100 * (4 * person + 6 * other) / 10
+    assert subword_f1(right, said, [[3, 1, 5], [1]]) == pytest.approx(wanted)
+
+
+def test_types_are_told_apart_by_their_whole_names_and_no_subword_at_all_is_no_error():
+    assert subword_f1([["B-a-x"]], [["B-b-x"]], [[1]]) == 0
+    assert subword_f1([["B-a-x"]], [["I-a-x"]], [[1]]) == 100
+    assert subword_f1([["O"]], [["O"]], [[0]]) == 0
