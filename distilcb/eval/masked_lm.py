@@ -34,6 +34,7 @@ def evaluate(
     maskings: int,
     device: torch.device,
     interrupted: Callable[[], bool] = lambda: False,
+    band_of: Tensor | None = None,
 ) -> dict[str, Figures]:
     """Held-out figures of the student and, where there is one, of the teacher.
 
@@ -48,26 +49,37 @@ def evaluate(
         family: the student's.
         maskings: at least 2 for standard errors.
         interrupted: asked before each batch; where one rank is, all end together.
+        band_of: (vocab,) int64 on `device`, from 0: the band in which each word counts. Then either's figures have
+            "by_band", {band: figures} of those in which a word was asked for.
 
     Raises:
         InterruptedEvaluation: on every rank.
     """
     was_training = student.training
     student.eval()
+    parts = 1 + (0 if band_of is None else int(band_of.max()) + 1)  # all words, then each band
     # One row more, whose first column counts the ranks that were interrupted.
-    sums = torch.zeros(maskings + 1, len(_COLUMNS), dtype=torch.float64, device=device)
+    sums = torch.zeros(maskings * parts + 1, len(_COLUMNS), dtype=torch.float64, device=device)
     for number, batch in _numbered(batches, maskings):
         at(Place.EVALUATION)
         if interrupted():
-            sums[maskings, 0] = 1
+            sums[-1, 0] = 1
             break
-        sums[number] += _batch_sums(student, teacher, family, batch.to(device))
+        own = sums[number * parts : (number + 1) * parts]
+        own += _batch_sums(student, teacher, family, batch.to(device), band_of, parts)
     student.train(was_training)
     at(Place.EVALUATION_SUMS)
     total = all_reduce_sum(sums).cpu()
-    if total[maskings, 0]:
+    if total[-1, 0]:
         raise InterruptedEvaluation
-    return _figures(total[:maskings], with_teacher=teacher is not None, term="clm" if family.causal else "mlm")
+    by_part = total[:-1].view(maskings, parts, -1).unbind(1)
+    term = "clm" if family.causal else "mlm"
+    found = _figures(by_part[0], with_teacher=teacher is not None, term=term)
+    for band, of_band in enumerate(by_part[1:]):
+        if of_band[:, 0].any():
+            for who, figures in _figures(of_band, with_teacher=teacher is not None, term=term).items():
+                found[who].setdefault("by_band", {})[band] = figures
+    return found
 
 
 def _numbered(batches: HeldoutBatches, maskings: int) -> Iterator[tuple[int, Batch]]:
@@ -76,12 +88,15 @@ def _numbered(batches: HeldoutBatches, maskings: int) -> Iterator[tuple[int, Bat
             yield number, batch
 
 
-def _batch_sums(student: Any, teacher: Any | None, family: Family, batch: Batch) -> Tensor:
+def _batch_sums(
+    student: Any, teacher: Any | None, family: Family, batch: Batch, band_of: Tensor | None, parts: int
+) -> Tensor:
+    """(parts, columns): the first row is of all words, the others are of each band."""
     student_rows = _features(student, family, batch)
     teacher_rows = None if teacher is None else _features(teacher.model, teacher.family, batch)
     weight, bias = family.decoder(student)
     chunk = rows_per_chunk(weight.shape[0], weight.device.type)
-    sums = torch.zeros(len(_COLUMNS), dtype=torch.float64, device=weight.device)
+    sums = torch.zeros(parts, len(_COLUMNS), dtype=torch.float64, device=weight.device)
     for start in range(0, batch.labels.numel(), chunk):
         rows = slice(start, start + chunk)
         labels = batch.labels[rows]
@@ -94,7 +109,10 @@ def _batch_sums(student: Any, teacher: Any | None, family: Family, batch: Batch)
             scores[3], scores[4], teacher_choice = _word_scores(teacher_logs, labels)
             scores[5] = (teacher_logs.exp() * (teacher_logs - student_logs)).sum()
             scores[6] = (choice == teacher_choice).sum()
-        sums += torch.stack([score.double() for score in scores])
+        sums[0] += torch.stack([score.double() for score in scores])
+        if band_of is not None:
+            each = _own_scores(student_logs, None if teacher is None else teacher_logs, labels)
+            sums[1:].index_add_(0, band_of[labels], each)
     return sums
 
 
@@ -112,6 +130,20 @@ def _word_scores(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Ten
     """Summed negative log-likelihood, number right, and the (rows,) choices."""
     choice = log_probs.argmax(-1)
     return -log_probs.gather(1, labels[:, None]).sum(), (choice == labels).sum(), choice
+
+
+def _own_scores(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+    """(rows, columns) fp64: what each row adds to the sums, of (rows, vocab) logarithms of probabilities."""
+    found = torch.zeros(len(labels), len(_COLUMNS), dtype=torch.float64, device=labels.device)
+    found[:, 0] = 1
+    for column, logs in ((1, student), (3, teacher)):
+        if logs is not None:
+            found[:, column] = -logs.gather(1, labels[:, None])[:, 0]
+            found[:, column + 1] = logs.argmax(-1) == labels
+    if teacher is not None:
+        found[:, 5] = (teacher.exp() * (teacher - student)).sum(-1)
+        found[:, 6] = student.argmax(-1) == teacher.argmax(-1)
+    return found
 
 
 def _figures(sums: Tensor, *, with_teacher: bool, term: str) -> dict[str, Figures]:

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from distilcb.config import REPOSITORY
 from distilcb.data.blocks import Blocks, check_fits
@@ -18,7 +20,7 @@ from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import device
 from distilcb.errors import ConfigError, DataError, writing
 from distilcb.eval.masked_lm import Figures, evaluate
-from distilcb.eval.report import NAMES_IN_A_RUN, as_markdown, heldout_rows
+from distilcb.eval.report import NAMES_IN_A_RUN, as_markdown, heldout_tables
 from distilcb.hub import model_folder
 from distilcb.launcher import World
 from distilcb.models.families import family_of
@@ -28,6 +30,9 @@ from distilcb.models.teacher import Teacher
 log = logging.getLogger(__name__)
 
 _TOKENS_A_PASS = 8192
+_BAND_ENDS = (100, 1_000, 10_000)
+BANDS = ("the 100 most frequent", "100 to 1,000", "1,000 to 10,000", "rarer ones")
+"""tokens by how often they are in the held-out text"""
 
 
 def evaluate_models(
@@ -63,9 +68,16 @@ def evaluate_models(
                 f"{name} has another tokenizer than {tokenizer.folder}: they would be asked for different words. "
                 "Evaluate it by itself."
             )
-    folder = prepare_cached(text, tokenizer=tokenizer, cache=cache, seq_len=seq_len, text_field=text_field)
-    blocks = Blocks(folder)
-    check_fits(blocks, seq_len=seq_len, fingerprint=tokenizer.vocabulary.fingerprint, tokenizer=tokenizer.folder)
+
+    def blocks_of(names: Sequence[str]) -> Blocks:
+        folder = prepare_cached(names, tokenizer=tokenizer, cache=cache, seq_len=seq_len, text_field=text_field)
+        found = Blocks(folder)
+        check_fits(found, seq_len=seq_len, fingerprint=tokenizer.vocabulary.fingerprint, tokenizer=tokenizer.folder)
+        return found
+
+    blocks = blocks_of(text)
+    by_source = {name: blocks_of([name]) for name in text} if len(text) > 1 else {}
+    band_of = torch.from_numpy(frequency_bands(blocks.token_counts)).to(device())
     taught_by = _on_device(Teacher(load_language_model(teacher, dtype=_dtype()))) if teacher else None
     found: dict[str, Figures] = {}
     for name in models:
@@ -80,19 +92,28 @@ def evaluate_models(
             raise ConfigError(f"{name} and {teacher}: one predicts the next word, the other masked ones.")
         if seq_len > family.max_seq_len(model.config):
             raise ConfigError(f"seq_len={seq_len}: {name} has positions for {family.max_seq_len(model.config)} tokens.")
-        batches = fixed_heldout_batches(
-            blocks,
-            tokenizer.vocabulary,
-            micro_batch=max(1, _TOKENS_A_PASS // seq_len),
-            rank=world.rank,
-            world_size=world.size,
-        )
+        cut = {"micro_batch": max(1, _TOKENS_A_PASS // seq_len), "rank": world.rank, "world_size": world.size}
+        batches = fixed_heldout_batches(blocks, tokenizer.vocabulary, **cut)
         how = "in %d parts; launch/perplexity.py scores running text" if family.causal else "under %d maskings"
         log.info(f"%s: %d blocks of %d tokens {how}", name, len(blocks), seq_len, maskings)
-        figures = evaluate(model, taught_by, family, batches, maskings=maskings, device=device())
+        how_many = {"maskings": maskings, "device": device()}
+        figures = evaluate(model, taught_by, family, batches, **how_many, band_of=band_of)
+        for each in figures.values():
+            each["by_band"] = {BANDS[band]: part for band, part in each["by_band"].items()}
+        for source, some in by_source.items():
+            parts = fixed_heldout_batches(some, tokenizer.vocabulary, **cut)
+            for who, part in evaluate(model, taught_by, family, parts, **how_many).items():
+                figures[who].setdefault("by_source", {})[source] = part
         found |= {"teacher": figures["teacher"]} if "teacher" in figures else {}
         found[shown[name]] = figures["student"]
     return found
+
+
+def frequency_bands(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(vocab,) the number of each token's band in BANDS, by how often it is in a text; counts: (vocab,)."""
+    ranks = np.empty(len(counts), dtype=np.int64)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+    return np.searchsorted(_BAND_ENDS, ranks, side="right")
 
 
 def names_in_results(models: Sequence[str]) -> dict[str, str]:
@@ -123,7 +144,8 @@ def write_results(output: Path, figures: dict[str, Figures], settings: dict[str,
         output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(made | {"heldout": figures}, indent=2, ensure_ascii=False)
         (output / "results.json").write_text(text + "\n", encoding="utf-8")
-        (output / "results.md").write_text(as_markdown(heldout_rows(figures)) + "\n", encoding="utf-8")
+        tables = [as_markdown(rows) for rows in heldout_tables(figures)]
+        (output / "results.md").write_text("\n\n".join(tables) + "\n", encoding="utf-8")
 
 
 def default_text() -> str:

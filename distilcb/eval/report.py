@@ -16,11 +16,22 @@ _COLUMNS = (
 NAMES_IN_A_RUN = {"teacher": "teacher", "student_start": "student, start", "student": "student, end"}
 
 
-def heldout_rows(heldout: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+def heldout_tables(heldout: Mapping[str, Mapping[str, Any]]) -> list[list[list[str]]]:
+    """`heldout_rows` of all words; then of each band of them, and of each source."""
+    tables = [heldout_rows(heldout)]
+    for kind in ("by_band", "by_source"):
+        names = list(dict.fromkeys(name for figures in heldout.values() for name in figures.get(kind, {})))
+        for name in names:
+            own = {who: figures[kind][name] for who, figures in heldout.items() if name in figures.get(kind, {})}
+            tables.append(heldout_rows(own, title=name))
+    return tables
+
+
+def heldout_rows(heldout: Mapping[str, Mapping[str, Any]], *, title: str = "held-out text") -> list[list[str]]:
     """Header and one row a model: each figure ± its standard error. Models of other names follow those of a run."""
     causal = any("clm_loss" in figures for figures in heldout.values())
     columns = [column for column in _COLUMNS if not column[0].startswith("mlm" if causal else "clm")]
-    rows = [["held-out text", *(title for _, title, _ in columns)]]
+    rows = [[title, *(name for _, name, _ in columns)]]
     for who in [
         *(who for who in NAMES_IN_A_RUN if who in heldout),
         *(who for who in heldout if who not in NAMES_IN_A_RUN),

@@ -151,7 +151,7 @@ def _evaluate_text(options: argparse.Namespace) -> None:
     from distilcb import distributed
     from distilcb.config import DataConfig, cache_folder
     from distilcb.eval.models import default_text, evaluate_models, write_results
-    from distilcb.eval.report import as_console, heldout_rows
+    from distilcb.eval.report import as_console, heldout_tables
 
     text = options.heldout or [default_text()]
     cut = {name: getattr(options, name) for name in _OF_TEXT}
@@ -161,7 +161,8 @@ def _evaluate_text(options: argparse.Namespace) -> None:
     settings = {"models": models, "teacher": options.teacher, "text": text, "ranks": world.size} | cut
     distributed.on_main(lambda: write_results(options.output, figures, settings))
     if world.is_main:
-        print(f"{as_console(heldout_rows(figures))}\n\nresults: {options.output}")
+        tables = "\n\n".join(as_console(rows) for rows in heldout_tables(figures))
+        print(f"{tables}\n\nresults: {options.output}")
     distributed.stop()
 
 

@@ -14,6 +14,7 @@ from distilcb.data.masking import Masking
 from distilcb.data.tokenizer import Vocabulary, load_tokenizer
 from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import evaluate
+from distilcb.eval.models import frequency_bands
 from distilcb.losses import head
 from distilcb.models.families import family_of
 from distilcb.models.loading import load_language_model
@@ -279,3 +280,48 @@ def test_filling_masks_leaves_the_mode_as_it_was(mini, training):
 
 def test_a_filled_mask_is_shown_with_its_words_and_percentages():
     assert as_lines([("Un <mask>.", [("chat", 0.421), ("chien", 0.1)])]) == ["Un <mask>.  ->  chat 42%, chien 10%"]
+
+
+def test_bands_of_words_are_evaluated_apart_and_the_whole_stays_as_it_is(student, teacher):
+    family = family_of(student.config, where="student")
+    band_of = torch.arange(VOCAB) % 3
+    band_of[band_of == 1] = 3  # none is in the second
+    whole = run(student, teacher, heldout())
+    found = evaluate(student, teacher, family, heldout(), maskings=3, device=CPU, band_of=band_of)
+    for who in ("student", "teacher"):
+        bands = found[who].pop("by_band")
+        assert sorted(bands) == [0, 2, 3]
+    assert found == whole
+
+
+def test_a_bands_figures_are_those_of_its_words(student, teacher):
+    family = family_of(student.config, where="student")
+    band_of = (torch.arange(VOCAB) >= 50).long()
+    found = evaluate(student, teacher, family, heldout(), maskings=2, device=CPU, band_of=band_of)
+    losses, kls = {0: [], 1: []}, {0: [], 1: []}
+    for number in range(2):
+        rows = {0: [], 1: []}
+        for batch in heldout().looking(number, of=2):
+            ours, theirs = (
+                torch.log_softmax(model(batch.input_ids).logits.flatten(0, 1)[batch.labelled_rows], -1)
+                for model in (student, teacher.model)
+            )
+            for label, one, other in zip(batch.labels, ours, theirs, strict=True):
+                kl = (other.exp() * (other - one)).sum().item()
+                rows[int(label >= 50)].append((-one[label].item(), kl))
+        for band in (0, 1):
+            losses[band].append(statistics.fmean(loss for loss, _ in rows[band]))
+            kls[band].append(statistics.fmean(kl for _, kl in rows[band]))
+    for band in (0, 1):
+        own = found["student"]["by_band"][band]
+        assert own["mlm_loss"] == pytest.approx(statistics.fmean(losses[band]), rel=1e-5)
+        assert own["kl"] == pytest.approx(statistics.fmean(kls[band]), rel=1e-5)
+
+
+def test_words_are_banded_by_how_often_they_are_there():
+    counts = np.zeros(20_000, dtype=np.int64)
+    counts[[7, 3]] = [50, 60]
+    counts[500:1700] = 2
+    bands = frequency_bands(counts)
+    assert (bands[3], bands[7], bands[500], bands[597], bands[598], bands[1699]) == (0, 0, 0, 0, 1, 2)
+    assert np.bincount(bands).tolist() == [100, 900, 9_000, 10_000]
