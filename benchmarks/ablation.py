@@ -1,0 +1,192 @@
+"""Which part of the objective brings what? The published ablation in the small, and what later work adds.
+
+python benchmarks/ablation.py --train fr_train.txt.xz --heldout fr_valid.txt.xz --results docs/results/ablation.json
+
+Each arm differs from the triplet loss (recipes/mini.yaml) in one thing and has the same text, order, masks and steps,
+and as many seeds. The arms of a seed are students of one `launch/train.py --students`, so the teacher reads each batch
+once for all; --together cuts them into groups, for a machine with little memory or time. --results is read before and
+written after each group: what stands there is not done again, on whatever machine it was made; runs that were stopped
+go on where their folders are. --report writes the table as Markdown.
+
+Published, DistilBERT section 4, as the change of the mean GLUE score: without the teacher's distribution -2.96, without
+cosine -1.46, without masked words -0.31, from random layers -3.69.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distilcb import distributed
+from distilcb.config import REPOSITORY
+from distilcb.engine.checkpoint import write_durably
+from distilcb.errors import ConfigError, TrainingError
+from distilcb.eval.report import as_console, as_markdown
+
+RECIPE = REPOSITORY / "recipes" / "mini.yaml"
+BASE = "triplet"
+ARMS: dict[str, dict[str, dict[str, Any]]] = {
+    BASE: {},
+    "without kl": {"loss": {"kl": 0.0}},
+    "without cos": {"loss": {"cos": 0.0}},
+    "without mlm": {"loss": {"mlm": 0.0}},
+    "words alone": {"loss": {"kl": 0.0, "cos": 0.0, "mlm": 1.0}},
+    "random layers": {"student": {"init": "random"}},
+    "first of pairs": {"student": {"init_layers": "first_of_pairs"}},
+    "last of pairs": {"student": {"init_layers": "last_of_pairs"}},
+    "first layers": {"student": {"init_layers": [0, 1, 2, 3, 4, 5]}},
+    "temperature 1": {"loss": {"temperature": 1.0}},
+    "temperature 4": {"loss": {"temperature": 4.0}},
+    "kl on masked words": {"loss": {"kl_positions": "masked"}},
+    "relations too": {"loss": {"relation": 0.3, "relation_heads": 32}},
+    "relations for cos": {"loss": {"relation": 0.3, "relation_heads": 32, "cos": 0.0}},
+    "kl off in the last quarter": {"loss": {"kl_until": 0.75}},
+}
+PUBLISHED = {"without kl": -2.96, "without cos": -1.46, "without mlm": -0.31, "random layers": -3.69}
+FIGURES = {"kl": "kl (nats)", "agreement": "agreement", "mlm_accuracy": "words right", "mlm_loss": "loss (nats)"}
+_SHARES = ("agreement", "mlm_accuracy")
+
+Results = dict[str, dict[str, dict[str, float]]]
+
+
+def main(words: list[str]) -> None:
+    options = parser().parse_args(words)
+    arms = options.arms or list(ARMS)
+    if unknown := [name for name in arms if name not in ARMS]:
+        raise ConfigError(f"--arms {', '.join(unknown)}: there are {', '.join(ARMS)}.")
+    settings = {name: getattr(options, name) for name in ("train", "heldout", "steps")}
+    # Names of text may differ from machine to machine.
+    settings |= {name: Path(settings[name]).name for name in ("train", "heldout") if settings[name]}
+    results = read(options.results, settings)
+    for seed in range(options.seeds):  # seeds outside, so that what is stopped early compares like with like
+        missing = [name for name in arms if str(seed) not in results.get(name, {})]
+        size = options.together or len(ARMS)
+        for group in (missing[first : first + size] for first in range(0, len(missing), size)):
+            for name, figures in train(group, seed, options).items():
+                results.setdefault(name, {})[str(seed)] = figures
+            options.results.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(options.results, json.dumps({"settings": settings, "arms": results}, indent=1) + "\n")
+    rows = table({name: results[name] for name in arms if name in results})
+    print(f"\n{as_console(rows)}")
+    if options.report:
+        write_durably(options.report, as_markdown(rows) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--train", help="text to train on (default: the shipped text)")
+    made.add_argument("--heldout", help="text to evaluate on (default: the shipped text)")
+    made.add_argument("--arms", nargs="+", metavar="NAME", help=f"of {', '.join(ARMS)} (default: all)")
+    made.add_argument("--steps", type=int, default=185, help="steps of 64 x 128 tokens (default: 185, 1.5 M tokens)")
+    made.add_argument("--seeds", type=int, default=3)
+    made.add_argument("--together", type=int, metavar="N", help="arms that train together (default: all)")
+    made.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    made.add_argument(
+        "--results", type=Path, default=Path("runs/ablation/results.json"), help="JSON file to go on with"
+    )
+    made.add_argument("--report", type=Path, help="Markdown file to write")
+    return made
+
+
+def read(path: Path, settings: dict[str, Any]) -> Results:
+    """What earlier starts found.
+
+    Raises:
+        ConfigError: with other settings.
+    """
+    if not path.is_file():
+        return {}
+    there = json.loads(path.read_text(encoding="utf-8"))
+    if there["settings"] != settings:
+        raise ConfigError(
+            f"{path} has results of {there['settings']}, asked for are {settings}. Name another --results."
+        )
+    found: Results = there["arms"]
+    return found
+
+
+def train(arms: Sequence[str], seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """{arm: held-out figures} of a group of arms that learn from the same passes of the teacher."""
+    folder = options.runs / f"seed_{seed}"
+    recipes = folder / "recipes"
+    recipes.mkdir(parents=True, exist_ok=True)
+    files = [write_recipe(recipes, name) for name in arms]
+    text = [
+        word
+        for name in ("train", "heldout")
+        if getattr(options, name)
+        for word in (f"--data.{name}", getattr(options, name))
+    ]
+    one = ["--recipe", str(files[0]), "--run_dir", str(folder / file_name(arms[0]))]
+    words = one if len(arms) == 1 else ["--students", *map(str, files), "--run_dir", str(folder)]
+    words += ["--train.seed", str(seed), *text]
+    words += ["--train.steps", str(options.steps), "--train.eval_every", "0", "--train.save_every", "20"]
+    print(f"--- seed {seed}: {', '.join(arms)}", flush=True)
+    done = subprocess.run([sys.executable, str(REPOSITORY / "launch" / "train.py"), *words], check=False)
+    if done.returncode:
+        raise TrainingError(f"{folder} ended with {done.returncode}; what it said stands above")
+    return {name: figures_of(folder / file_name(name)) for name in arms}
+
+
+def file_name(arm: str) -> str:
+    """An arm's recipe and run folder."""
+    return arm.replace(" ", "_")
+
+
+def write_recipe(folder: Path, arm: str) -> Path:
+    """The mini recipe with what the arm changes."""
+    text = RECIPE.read_text(encoding="utf-8").replace("{recipe_dir}", str(RECIPE.parent))
+    recipe = yaml.safe_load(text)
+    for section, settings in ARMS[arm].items():
+        recipe.setdefault(section, {}).update(settings)
+    path = folder / f"{file_name(arm)}.yaml"
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def figures_of(run: Path) -> dict[str, float]:
+    """Those of the finished student, at the last step."""
+    found = json.loads((run / "summary.json").read_text(encoding="utf-8"))["heldout"]["student"]
+    return {name: found[name] for name in FIGURES}
+
+
+def table(results: Results) -> list[list[str]]:
+    """Each arm's figures, how far it is from the triplet seed by seed, and the sign that was published."""
+    head = ["", *FIGURES.values(), "words right, less the triplet's", "published, GLUE", "seeds"]
+    rows = []
+    for name, by_seed in results.items():
+        figures = [spread([each[figure] for each in by_seed.values()], figure) for figure in FIGURES]
+        rows.append(
+            [name, *figures, difference(name, results), f"{PUBLISHED[name]:+.2f}" if name in PUBLISHED else "–"]
+        )
+        rows[-1].append(str(len(by_seed)))
+    return [head, *rows]
+
+
+def difference(name: str, results: Results) -> str:
+    """Mean ± standard deviation over the seeds that both have, in hundredths."""
+    if name == BASE or BASE not in results:
+        return "–"
+    own, base = results[name], results[BASE]
+    values = [100 * (own[seed]["mlm_accuracy"] - base[seed]["mlm_accuracy"]) for seed in own if seed in base]
+    if not values:
+        return "–"
+    return f"{statistics.mean(values):+.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def spread(values: Sequence[float], figure: str) -> str:
+    """Mean ± standard deviation over seeds."""
+    scale, form = (100, "{:.2f}") if figure in _SHARES else (1, "{:.4f}")
+    text = form.format(scale * statistics.mean(values))
+    text += f" ± {form.format(scale * statistics.stdev(values))}" if len(values) > 1 else ""
+    return f"{text} %" if figure in _SHARES else text
+
+
+if __name__ == "__main__":
+    sys.exit(distributed.exit_code(main))
