@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -41,6 +42,8 @@ T = TypeVar("T")
 _RANK_ZERO_SPEAKS_FIRST_SECONDS = 4.0
 # As shells do for SIGINT.
 _INTERRUPTED = 130
+_INTERRUPTED_MESSAGE = "\ninterrupted: what was saved stays, the same command goes on from there"
+_INTERRUPTED_ENDS_WITHIN_SECONDS = 10.0
 
 _last_actions: list[Callable[[], None]] = []
 
@@ -267,13 +270,13 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
         # Where one has failed, srun ends the others, of which some have not come as far as to find the same fault. It
         # reports the largest exit code, and that of SIGTERM would hide what the first one said. Until ranks meet.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         if is_main_process():
-            print(
-                "\ninterrupted: what was saved stays, the same command goes on from there", file=sys.stderr, flush=True
-            )
+            print(_INTERRUPTED_MESSAGE, file=sys.stderr, flush=True)
         _end_at_once_among_ranks(_INTERRUPTED)
         return _INTERRUPTED
     except (UserError, TrainingError) as error:
@@ -288,6 +291,24 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
         raise
     _end_without_finalizing()
     return 0
+
+
+def _interrupt(*_: object) -> None:
+    """Raise KeyboardInterrupt, and see to it that the process ends.
+
+    Python raises it anywhere, between taking a lock and the code that gives it back too: TensorBoard's queue then waits
+    for ever where its writer is closed.
+    """
+    ending = threading.Timer(_INTERRUPTED_ENDS_WITHIN_SECONDS, _end_interrupted)
+    ending.daemon = True
+    ending.start()
+    raise KeyboardInterrupt
+
+
+def _end_interrupted() -> None:
+    if is_main_process():
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{_INTERRUPTED_MESSAGE}\n".encode())
+    os._exit(_INTERRUPTED)
 
 
 def _show_and_end_among_ranks() -> None:

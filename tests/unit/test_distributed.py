@@ -210,3 +210,43 @@ def test_a_task_that_srun_ends_for_anothers_fault_does_not_hide_that_ones_exit_c
     task.terminate()
     assert task.wait(timeout=30) == code
     task.stdout.close()
+
+
+INTERRUPTED_AND_STUCK = """
+import signal, sys, threading
+from distilcb import distributed
+
+distributed._INTERRUPTED_ENDS_WITHIN_SECONDS = 0.5
+
+def main(words):
+    lock = threading.Lock()
+    lock.acquire()
+    try:
+        print("ready", flush=True)
+        signal.pause()
+    finally:
+        if "stuck" in words:
+            lock.acquire()
+
+sys.exit(distributed.exit_code(main))
+"""
+
+
+@pytest.mark.parametrize("words", [[], ["stuck"]])
+def test_an_interrupted_process_ends_though_it_waits_for_a_lock_that_nobody_gives_back(words):
+    command = [sys.executable, "-c", INTERRUPTED_AND_STUCK, *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_environ())
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert told == "\ninterrupted: what was saved stays, the same command goes on from there\n"
+
+
+def test_an_interrupt_that_the_shell_has_silenced_stays_silenced():
+    """As for a command that is started in the background by nohup or a script."""
+    code = "import signal, sys; from distilcb import distributed\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "distributed.exit_code(lambda words: print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean_environ(), timeout=60)
+    assert done.stdout == "True\n"
