@@ -52,7 +52,10 @@ def test_two_ranks_give_the_figures_of_one(on_one_and_two_ranks):
 def test_the_table_names_each_model(on_one_and_two_ranks):
     _, shown, finished = on_one_and_two_ranks
     rows = [line for line in shown.splitlines() if "±" in line]
-    assert [row.split()[0] for row in rows] == ["teacher", str(finished / "student"), TEACHER]
+    names = ["teacher", str(finished / "student"), TEACHER]
+    # Of all words, then of each band of them in which one was asked for: of 8,005 tokens all but the rarest.
+    assert [row.split()[0] for row in rows] == names * 4
+    assert all(f"\n{band}" in shown for band in ("the 100 most frequent", "100 to 1,000", "1,000 to 10,000"))
 
 
 def test_models_of_different_tokenizers_are_refused(commands, tmp_path, finished):
