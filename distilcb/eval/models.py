@@ -5,6 +5,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from distilcb.data.loader import fixed_heldout_batches
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import device
-from distilcb.errors import ConfigError, DataError, writing
+from distilcb.errors import ConfigError, DataError, first_line, writing
 from distilcb.eval.masked_lm import Figures, evaluate
 from distilcb.eval.report import NAMES_IN_A_RUN, as_markdown, heldout_tables
 from distilcb.hub import model_folder
@@ -68,44 +69,88 @@ def evaluate_models(
                 f"{name} has another tokenizer than {tokenizer.folder}: they would be asked for different words. "
                 "Evaluate it by itself."
             )
+    heldout = _heldout(text, tokenizer, cache=cache, seq_len=seq_len, text_field=text_field)
+    taught_by = _on_device(Teacher(load_language_model(teacher, dtype=_dtype()))) if teacher else None
+    found: dict[str, Figures] = {}
+    for name in models:
+        model = load_language_model(name, dtype=_dtype()).to(device())
+        _check_model(name, model, taught_by, tokenizer, seq_len=seq_len)
+        figures = _figures(name, model, taught_by, heldout, tokenizer, maskings=maskings, world=world)
+        found |= {"teacher": figures["teacher"]} if "teacher" in figures else {}
+        found[shown[name]] = figures["student"]
+    return found
 
+
+@dataclass(frozen=True)
+class _Heldout:
+    """Blocks of all the text and, where several are named, of each; band_of: (vocab,) each token's in BANDS."""
+
+    whole: Blocks
+    by_source: dict[str, Blocks]
+    band_of: torch.Tensor
+
+
+def _heldout(text: Sequence[str], tokenizer: TextTokenizer, *, cache: Path, seq_len: int, text_field: str) -> _Heldout:
     def blocks_of(names: Sequence[str]) -> Blocks:
         folder = prepare_cached(names, tokenizer=tokenizer, cache=cache, seq_len=seq_len, text_field=text_field)
         found = Blocks(folder)
         check_fits(found, seq_len=seq_len, fingerprint=tokenizer.vocabulary.fingerprint, tokenizer=tokenizer.folder)
         return found
 
-    blocks = blocks_of(text)
-    by_source = {name: blocks_of([name]) for name in text} if len(text) > 1 else {}
-    band_of = torch.from_numpy(frequency_bands(blocks.token_counts)).to(device())
-    taught_by = _on_device(Teacher(load_language_model(teacher, dtype=_dtype()))) if teacher else None
-    found: dict[str, Figures] = {}
-    for name in models:
-        model = load_language_model(name, dtype=_dtype()).to(device())
-        family = family_of(model.config, where=name)
-        if family.causal != tokenizer.vocabulary.is_causal:
-            raise ConfigError(
-                f"{name} is {'causal' if family.causal else 'an encoder'} ({model.config.model_type}), and its "
-                f"tokenizer has {'no' if tokenizer.vocabulary.is_causal else 'a'} mask token: they do not go together."
-            )
-        if taught_by is not None and taught_by.family.causal != family.causal:
-            raise ConfigError(f"{name} and {teacher}: one predicts the next word, the other masked ones.")
-        if seq_len > family.max_seq_len(model.config):
-            raise ConfigError(f"seq_len={seq_len}: {name} has positions for {family.max_seq_len(model.config)} tokens.")
-        cut = {"micro_batch": max(1, _TOKENS_A_PASS // seq_len), "rank": world.rank, "world_size": world.size}
-        batches = fixed_heldout_batches(blocks, tokenizer.vocabulary, **cut)
-        how = "in %d parts; launch/perplexity.py scores running text" if family.causal else "under %d maskings"
-        log.info(f"%s: %d blocks of %d tokens {how}", name, len(blocks), seq_len, maskings)
-        how_many = {"maskings": maskings, "device": device()}
-        figures = evaluate(model, taught_by, family, batches, **how_many, band_of=band_of)
-        for each in figures.values():
-            each["by_band"] = {BANDS[band]: part for band, part in each["by_band"].items()}
-        for source, some in by_source.items():
-            parts = fixed_heldout_batches(some, tokenizer.vocabulary, **cut)
-            for who, part in evaluate(model, taught_by, family, parts, **how_many).items():
-                figures[who].setdefault("by_source", {})[source] = part
-        found |= {"teacher": figures["teacher"]} if "teacher" in figures else {}
-        found[shown[name]] = figures["student"]
+    whole, by_source = blocks_of(text), {}
+    for name in text if len(text) > 1 else ():
+        try:
+            by_source[name] = blocks_of([name])
+        except DataError as error:  # too short by itself; in the whole it counts
+            log.warning("%s has no figures of its own: %s", name, first_line(error))
+    return _Heldout(whole, by_source, torch.from_numpy(frequency_bands(whole.token_counts)).to(device()))
+
+
+def _check_model(name: str, model: Any, taught_by: Teacher | None, tokenizer: TextTokenizer, *, seq_len: int) -> None:
+    """Raise ConfigError where model, teacher, tokenizer and block length do not go together."""
+    family = family_of(model.config, where=name)
+    if family.causal != tokenizer.vocabulary.is_causal:
+        raise ConfigError(
+            f"{name} is {'causal' if family.causal else 'an encoder'} ({model.config.model_type}), and its "
+            f"tokenizer has {'no' if tokenizer.vocabulary.is_causal else 'a'} mask token: they do not go together."
+        )
+    if taught_by is not None and taught_by.family.causal != family.causal:
+        raise ConfigError(f"{name} and its --teacher: one predicts the next word, the other masked ones.")
+    if seq_len > family.max_seq_len(model.config):
+        raise ConfigError(f"seq_len={seq_len}: {name} has positions for {family.max_seq_len(model.config)} tokens.")
+
+
+def _figures(
+    name: str,
+    model: Any,
+    taught_by: Teacher | None,
+    heldout: _Heldout,
+    tokenizer: TextTokenizer,
+    *,
+    maskings: int,
+    world: World,
+) -> dict[str, Figures]:
+    """The model's and its teacher's, of all words, "by_band" and "by_source"."""
+    family = family_of(model.config, where=name)
+
+    def of(blocks: Blocks, band_of: torch.Tensor | None = None) -> dict[str, Figures]:
+        batches = fixed_heldout_batches(
+            blocks,
+            tokenizer.vocabulary,
+            micro_batch=max(1, _TOKENS_A_PASS // blocks.seq_len),
+            rank=world.rank,
+            world_size=world.size,
+        )
+        return evaluate(model, taught_by, family, batches, maskings=maskings, device=device(), band_of=band_of)
+
+    how = "in %d parts; launch/perplexity.py scores running text" if family.causal else "under %d maskings"
+    log.info(f"%s: %d blocks of %d tokens {how}", name, len(heldout.whole), heldout.whole.seq_len, maskings)
+    found = of(heldout.whole, heldout.band_of)
+    for figures in found.values():
+        figures["by_band"] = {BANDS[band]: part for band, part in figures["by_band"].items()}
+    for source, blocks in heldout.by_source.items():
+        for who, part in of(blocks).items():
+            found[who].setdefault("by_source", {})[source] = part
     return found
 
 

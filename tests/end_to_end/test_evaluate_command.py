@@ -84,3 +84,17 @@ def test_models_of_different_tokenizers_are_refused(commands, tmp_path, finished
 def test_what_cannot_be_evaluated_is_told(commands, tmp_path, words, told):
     assert_refused(commands.python("evaluate", *words, "--output", tmp_path / "out"), told)
     assert not (tmp_path / "out").exists()
+
+
+def test_each_text_that_is_named_has_figures_of_its_own_but_one_too_short(commands, finished, tmp_path):
+    text = commands.text / "heldout"
+    (tmp_path / "one.txt").write_text("".join(path.read_text() for path in sorted(text.glob("*.txt"))))
+    (tmp_path / "short.txt").write_text("Trop court.\n")
+    names = [tmp_path / "one.txt", tmp_path / "short.txt"]
+    words = [finished / "student", "--heldout", *names, "--maskings", "2", "--output", tmp_path / "output"]
+    ended = commands.python("evaluate", *words)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (figures,) = json.loads((tmp_path / "output" / "results.json").read_text())["heldout"].values()
+    assert list(figures["by_source"]) == [str(names[0])]
+    assert figures["by_source"][str(names[0])]["mlm_loss"] == pytest.approx(figures["mlm_loss"], rel=0.05)
+    assert f"{names[1]} has no figures of its own" in ended.stderr
