@@ -23,7 +23,7 @@ from distilcb.plan.prediction import (
     room,
     step,
 )
-from distilcb.plan.sizes import sizes_of
+from distilcb.plan.sizes import Sizes, sizes_of
 
 log = logging.getLogger(__name__)
 
@@ -58,32 +58,16 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
         )
     precision = _precision(config)
     width, sizes = _WIDTHS[precision], sizes_of(config)
-    machine = Machine(
-        gpus=options.gpus,
-        gpus_per_node=min(options.gpus, options.gpus_per_node),
-        memory=options.memory_gb * 1e9 if options.memory_gb else gpu.memory,
-        flops=gpu.flops / (1 if width == 2 else 2),
-        efficiency=options.efficiency,
-        link=gpu.link,
-        node_link=options.node_gb * 1e9,
-    )
-    most = largest_micro_batch(config, sizes, machine, width=width)
-    if not most:
-        needed = memory(config, sizes, machine, micro_batch=1, width=width).total
-        raise ConfigError(
-            f"one sequence of {config.data.seq_len} tokens needs {needed / 1e9:.1f} GB on each device, which has "
-            f"{machine.memory / 1e9:.0f} GB. Take a smaller data.seq_len, more GPUs, or "
-            "--train.activation_checkpointing true."
-        )
-    asked = config.optim.micro_batch
-    micro_batch = most if asked == "auto" else asked
+    machine = _machine(options, width=width)
+    most = _largest_micro_batch(config, sizes, machine, width=width)
+    micro_batch = most if config.optim.micro_batch == "auto" else config.optim.micro_batch
     accumulation = accumulation_steps(replace(config.optim, micro_batch=micro_batch), machine.gpus)
     rate, measured_on = _measured_rate(command) if options.calibrate else (None, "")
-    if rate is not None:  # that of the first steps, and loss.kl_until makes the last ones cheaper
-        first = replace(config, loss=replace(config.loss, kl_until=1.0))
-        rate *= flop_per_token(first, sizes) / flop_per_token(config, sizes)
+    # What was measured are first steps, and loss.kl_until makes the last ones cheaper.
+    first = replace(config, loss=replace(config.loss, kl_until=1.0))
+    over_all_steps = rate and rate * flop_per_token(first, sizes) / flop_per_token(config, sizes)
     parts = memory(config, sizes, machine, micro_batch=micro_batch, width=width)
-    one = step(config, sizes, machine, micro_batch=micro_batch, width=width, token_rate=rate)
+    one = step(config, sizes, machine, micro_batch=micro_batch, width=width, token_rate=over_all_steps)
     hours = one.seconds * config.train.steps / 3600
     disk = checkpoint_bytes(sizes, width=width)
     return {
@@ -106,20 +90,51 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
         "checkpoint_bytes": disk,
         # One more while the next is saved, and the exported student in fp32.
         "disk_bytes": disk * (config.train.keep_checkpoints + 1) + 4.0 * sizes.student.parameters,
-        "assumptions": {
-            "gpus": f"{machine.gpus} x {gpu.name}, {machine.gpus_per_node} a node",
-            "rate of one device": (
-                f"{rate:,.0f} tokens/s, measured here on {measured_on}"
-                if rate
-                else f"{machine.efficiency:.0%} of {machine.flops / 1e12:,.0f} TFLOP/s, "
-                + ("the half-precision peak" if width == 2 else "half of the half-precision peak")
-            ),
-            "memory kept free": f"{RESERVED:.0%} of a device's",
-            "time": "steps alone; evaluations and checkpoints come on top",
-            "link inside a node": f"{machine.link / 1e9:,.0f} GB/s a device and direction",
-            "link between nodes": f"{machine.node_link / 1e9:,.0f} GB/s a node and direction",
-            "overlap": "gradients are reduced in every micro-batch, beside the backward pass; what is longer shows",
-        },
+        "assumptions": _assumptions(machine, gpu.name, width=width, rate=rate, measured_on=measured_on),
+    }
+
+
+def _machine(options: argparse.Namespace, *, width: int) -> Machine:
+    gpu = GPUS[options.gpu.upper()]
+    return Machine(
+        gpus=options.gpus,
+        gpus_per_node=min(options.gpus, options.gpus_per_node),
+        memory=options.memory_gb * 1e9 if options.memory_gb else gpu.memory,
+        flops=gpu.flops / (1 if width == 2 else 2),
+        efficiency=options.efficiency,
+        link=gpu.link,
+        node_link=options.node_gb * 1e9,
+    )
+
+
+def _largest_micro_batch(config: Config, sizes: Sizes, machine: Machine, *, width: int) -> int:
+    """The largest that fits; raises ConfigError where not one sequence does."""
+    most = largest_micro_batch(config, sizes, machine, width=width)
+    if not most:
+        needed = memory(config, sizes, machine, micro_batch=1, width=width).total
+        raise ConfigError(
+            f"one sequence of {config.data.seq_len} tokens needs {needed / 1e9:.1f} GB on each device, which has "
+            f"{machine.memory / 1e9:.0f} GB. Take a smaller data.seq_len, more GPUs, or "
+            "--train.activation_checkpointing true."
+        )
+    return most
+
+
+def _assumptions(machine: Machine, name: str, *, width: int, rate: float | None, measured_on: str) -> dict[str, str]:
+    """What the plan goes by, in words. rate: tokens/s of a device as measured, or None."""
+    peak = "the half-precision peak" if width == 2 else "half of the half-precision peak"
+    return {
+        "gpus": f"{machine.gpus} x {name}, {machine.gpus_per_node} a node",
+        "rate of one device": (
+            f"{rate:,.0f} tokens/s, measured here on {measured_on}"
+            if rate
+            else f"{machine.efficiency:.0%} of {machine.flops / 1e12:,.0f} TFLOP/s, {peak}"
+        ),
+        "memory kept free": f"{RESERVED:.0%} of a device's",
+        "time": "steps alone; evaluations and checkpoints come on top",
+        "link inside a node": f"{machine.link / 1e9:,.0f} GB/s a device and direction",
+        "link between nodes": f"{machine.node_link / 1e9:,.0f} GB/s a node and direction",
+        "overlap": "gradients are reduced in every micro-batch, beside the backward pass; what is longer shows",
     }
 
 
