@@ -296,8 +296,8 @@ def exit_code(main: Callable[[list[str]], None]) -> int:
 def _interrupt(*_: object) -> None:
     """Raise KeyboardInterrupt, and see to it that the process ends.
 
-    Python raises it anywhere, between taking a lock and the code that gives it back too: TensorBoard's queue then waits
-    for ever where its writer is closed.
+    Python raises it anywhere, between taking a lock and the code that gives it back too: whoever wants that lock while
+    things are put in order, such as the queue of a TensorBoard writer that is closed, would wait for ever.
     """
     ending = threading.Timer(_INTERRUPTED_ENDS_WITHIN_SECONDS, _end_interrupted)
     ending.daemon = True
