@@ -3,7 +3,7 @@
 <output>/<task>/settings.json     what its results depend on
 <output>/<task>/floor.json        what is reached without a pre-trained model
 <output>/<task>/<model>/seed_N/   result.json (written last), predictions.jsonl, curve.jsonl
-<output>/results.json, results.md   all that is finished
+<output>/results.json, results.md   of the models and tasks that are asked for, all that is finished
 """
 
 import logging
