@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--train", help="text to train on (default: the shipped text)")
     made.add_argument("--heldout", help="text to evaluate on (default: the shipped text)")
     made.add_argument("--arms", nargs="+", metavar="NAME", help=f"of {', '.join(ARMS)} (default: all)")
-    made.add_argument("--steps", type=int, default=185, help="steps of 64 x 128 tokens (default: 185, 1.5 M tokens)")
+    made.add_argument("--steps", type=int, default=125, help="steps of 64 x 128 tokens (default: 125, 1 M tokens)")
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--together", type=int, metavar="N", help="arms that train together (default: all)")
     made.add_argument("--runs", type=Path, default=Path("runs/ablation"))

@@ -22,6 +22,8 @@ def prepare_from(words: list[str], *, description: str | None) -> None:
         UserError: on rank zero; the other ranks end with exit code 2.
     """
     options = _parser(description).parse_args(words)
+    if options.check:
+        return
     from distilcb.data.crew import find_world, join_crew
     from distilcb.data.prepare import prepare
     from distilcb.data.tokenizer import TextTokenizer
@@ -94,6 +96,7 @@ def _parser(description: str | None) -> Parser:
         metavar="MB",
         help=f"text that one process packs at a time; decides where blocks begin (default: {_DEFAULT_MEGABYTES:.0f})",
     )
+    parser.add_argument("--check", action="store_true", help="look at these options alone, and end")
     # The deepspeed launcher adds it to every command.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

@@ -72,6 +72,7 @@ def parser_of(description: str | None) -> Parser:
     parser.add_argument(
         "--card", action="store_true", help="also write tasks and speed into each model's own README.md, its card"
     )
+    parser.add_argument("--check", action="store_true", help="look at these options alone, and end")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     return parser
 
@@ -89,7 +90,10 @@ def check_options(options: argparse.Namespace) -> None:
     if not _text_is_wanted(options):
         faults += [f"--{name} is of held-out text: name it with --heldout" for name in _OF_TEXT if given[name]]
     if (options.tasks or options.speed) and discover().size > 1:
-        faults.append("one process fine-tunes and times: start --tasks and --speed with python")
+        faults.append(
+            "one process fine-tunes and times: start --tasks and --speed with python, in a Slurm job with "
+            "sbatch --ntasks-per-node=1 --gres=gpu:1"
+        )
     if options.card and not (options.tasks or options.speed):
         faults.append("--card is filled from --tasks or --speed")
     if options.lengths and not options.speed:
@@ -116,6 +120,9 @@ def run(options: argparse.Namespace) -> None:
         TrainingError: a model whose every seed diverged.
     """
     check_options(options)
+    if options.check:
+        _asked_tasks(options)
+        return
     if _text_is_wanted(options):
         _evaluate_text(options)
     if options.card:
@@ -240,8 +247,9 @@ def evaluation_of(options: argparse.Namespace) -> "Evaluation":
 def _asked_tasks(options: argparse.Namespace) -> "tuple[AskedTask, ...]":
     from distilcb.finetune.evaluation import AskedTask
 
-    sources = {task.name: (task, source) for task, source in (_placed(words, options) for words in options.tasks)}
-    if len(sources) < len(options.tasks):
+    named = options.tasks or []
+    sources = {task.name: (task, source) for task, source in (_placed(words, options) for words in named)}
+    if len(sources) < len(named):
         raise ConfigError(f"--tasks {' '.join(options.tasks)}: one stands there twice.")
     others: dict[str, list[AskedTask]] = {}
     for words in options.zero_shot or []:

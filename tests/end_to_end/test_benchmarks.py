@@ -1,6 +1,7 @@
 """The benchmarks run, and say what they measured."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -98,6 +99,28 @@ def test_the_loaders_benchmark_tells_rows_and_waiting(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_ablation_keeps_each_arm_and_tells_how_far_it_is_from_the_triplet(tmp_path):
+    arms = ["triplet", "without cos"]
+    words = ["--arms", *arms, "--seeds", 1, "--steps", 2, "--runs", tmp_path / "runs"]
+    words += ["--results", tmp_path / "results.json", "--report", tmp_path / "r.md"]
+    ended = run(sys.executable, "benchmarks/ablation.py", *words)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "results.json").read_text())["arms"]
+    assert list(found) == arms
+    share = {name: 100 * each["0"]["mlm_accuracy"] for name, each in found.items()}
+    row = next(line for line in (tmp_path / "r.md").read_text().splitlines() if line.startswith("| without cos"))
+    assert f"{share['without cos'] - share['triplet']:+.2f}" in row
+    assert "-1.46" in row
+
+    shutil.rmtree(tmp_path / "runs")
+    again = run(sys.executable, "benchmarks/ablation.py", *words)
+    assert again.returncode == 0, again.stderr
+    assert not (tmp_path / "runs").exists(), "what the results have is not trained again"
+    other = run(sys.executable, "benchmarks/ablation.py", *words, "--steps", 3)
+    assert other.returncode == 2
+    assert "Name another --results" in other.stderr
+
+
 def test_what_wants_a_gpu_says_so_where_there_is_none(tmp_path):
     ended = run("env", f"PYTHON={sys.executable}", "bash", "benchmarks/gpu_all.sh", tmp_path / "out")
     assert ended.returncode == 2

@@ -183,6 +183,26 @@ def test_every_batch_file_is_a_script_that_the_page_on_slurm_names():
         assert "job.sh" in path.read_text(encoding="utf-8")
 
 
+def test_the_example_of_a_pipeline_has_options_that_are_there(tmp_path):
+    """tests/slurm submits one; here its words are looked at as pipeline.sh does before it submits."""
+    for name in ("pipeline.sh", "pipeline.example", "environment.sh", "job.sh"):
+        assert subprocess.run(["bash", "-n", REPOSITORY / "slurm" / name], check=False).returncode == 0
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/$(ls {tmp_path} | wc -l)\necho 7\n')
+    sbatch.chmod(0o755)
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "DISTILCB_SITE": ""}
+    words = ["bash", REPOSITORY / "slurm/pipeline.sh"]
+    told = subprocess.run(words, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told.returncode == 0, told.stderr
+    submitted = [(tmp_path / str(number)).read_text().splitlines() for number in (1, 2, 3)]
+    assert [next(word for word in words if word.endswith(".sbatch")) for words in submitted] == [
+        f"slurm/{name}.sbatch" for name in ("prepare", "distill", "evaluate")
+    ]
+    assert "--dependency=afterok:7" not in submitted[0]
+    assert all("--dependency=afterok:7" in words for words in submitted[1:])
+    assert "--ntasks-per-node=1" in submitted[2]
+
+
 def test_the_page_on_slurm_and_the_readme_use_options_that_are_there(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     fenced = re.findall(r"```bash\n(.*?)```", README + SLURM_PAGE, flags=re.DOTALL)

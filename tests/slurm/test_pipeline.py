@@ -1,0 +1,144 @@
+"""slurm/pipeline.sh on a real Slurm: text to model card in one submission."""
+
+import json
+import re
+
+import pytest
+from slurm_jobs import ONE_RANK_A_NODE, SMALL, Job, assert_same_run, curve
+
+from distilcb.config import DEFAULT_RECIPE
+
+MINI = DEFAULT_RECIPE.parent / "mini"
+ONE_TASK = ("--nodes=1", "--ntasks-per-node=1", "--gres=gpu:1", "--cpus-per-task=1", "--time=60")
+
+
+@pytest.fixture
+def folder(lab, run_dir):
+    """Where a test's pipeline works, with a task of a few rows."""
+    made = run_dir.with_name(f"{run_dir.name}_files")
+    rows = made / "data" / "allocine_fr"
+    rows.mkdir(parents=True)
+    texts = ("Un très beau film.", "Quel ennui, ce film.")
+    for split, count in (("train", 24), ("test", 8)):
+        lines = (json.dumps({"text": texts[n % 2], "label": n % 2}, ensure_ascii=False) for n in range(count))
+        (rows / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return made
+
+
+def write_pipeline(lab, folder, run_dir, *, evaluate="", distil=""):
+    """A file for pipeline.sh; returns it."""
+    options = " ".join(ONE_RANK_A_NODE)
+    log = f"--output={lab.shared}/%j.out"
+    text = f"""
+        teacher={MINI}/teacher
+        prepare=(--input {MINI}/text/train --tokenizer "$teacher" --seq_len 128 --output {folder}/blocks)
+        distil=({" ".join(SMALL)} --data.train {folder}/blocks --run_dir {run_dir} {distil})
+        evaluate=({run_dir}/student --teacher "$teacher" --tasks allocine_fr --data {folder}/data --seeds 0 1)
+        evaluate+=(--epochs 1 --speed --lengths 16 --card --output {folder}/evaluation {evaluate})
+        prepare_sbatch=({log} --nodes=2 --cpus-per-task=1 --time=60)
+        distil_sbatch=({log} {options})
+        evaluate_sbatch=({log} --cpus-per-task=1 --time=60)
+    """
+    path = folder / "pipeline"
+    path.write_text("\n".join(line.strip() for line in text.splitlines()), encoding="utf-8")
+    return path
+
+
+def submit(lab, file, *, check=True):
+    """What pipeline.sh said, and its jobs in their order."""
+    ended = lab.run("bash", "slurm/pipeline.sh", file, check=check)
+    numbers = re.findall(r"(?:prepare|distil|evaluate): job (\d+)", ended.stdout)
+    return ended, [Job(lab, number, lab.shared / f"{number}.out") for number in numbers]
+
+
+def test_a_pipeline_loses_a_node_and_ends_with_a_filled_card(lab, folder, run_dir):
+    file = write_pipeline(lab, folder, run_dir)
+    said, (prepare, distil, evaluate) = submit(lab, file)
+    assert f"evaluate: job {evaluate.number}, after {distil.number}" in said.stdout
+    assert prepare.ended()["JobState"] == "COMPLETED", prepare.said()
+    distil.wait_for_step(run_dir, 6)
+    assert evaluate.facts()["JobState"] == "PENDING"
+    lab.script("crash", "node2")
+    distil.wait_until(lambda: distil.facts()["Restarts"] == "1", "Slurm notices, and requeues")
+    lab.script("boot", "node2")
+    assert distil.ended()["JobState"] == "COMPLETED", distil.said()
+    assert evaluate.ended()["JobState"] == "COMPLETED", evaluate.said()
+
+    card = (run_dir / "student" / "README.md").read_text(encoding="utf-8")
+    assert "| allocine_fr | accuracy |" in card
+    assert "## Size and speed" in card
+    found = json.loads((folder / "evaluation/tasks/results.json").read_text())["tasks"]["allocine_fr"]["models"]
+    assert [len(each["seeds"]) for each in found.values()] == [2, 2]
+
+    # Another, without a lost node, by hand: the same student.
+    alone = run_dir.with_name(f"{run_dir.name}_alone")
+    job = lab.submit(*SMALL, "--data.train", folder / "blocks", "--run_dir", alone)
+    assert job.ended()["JobState"] == "COMPLETED", job.said()
+    assert_same_run(run_dir, alone)
+
+    # The same line again finds all of it done.
+    figures, results = curve(run_dir), folder / "evaluation/tasks/allocine_fr/teacher/seed_0/result.json"
+    made = results.stat().st_mtime_ns
+    again = submit(lab, file)[1]
+    assert [job.ended()["JobState"] for job in again] == ["COMPLETED"] * 3, [job.said() for job in again]
+    assert curve(run_dir) == figures
+    assert results.stat().st_mtime_ns == made
+
+
+def test_a_stage_that_fails_cancels_those_after_it(lab, folder, run_dir):
+    file = write_pipeline(lab, folder, run_dir, distil="--data.heldout /nowhere")
+    _, (prepare, distil, evaluate) = submit(lab, file)
+    assert prepare.ended()["JobState"] == "COMPLETED", prepare.said()
+    assert distil.ended()["JobState"] == "FAILED", distil.said()
+    assert "/nowhere does not exist" in distil.said()
+    assert evaluate.ended(seconds=60)["JobState"] == "CANCELLED"
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "distil", "told"),
+    [
+        ("--sedes 3", "", "--sedes"),
+        ("--zero_shot allocine_fr:nowhere", "", "nowhere"),
+        ("", "--optim.lrr 1", "did you mean --optim.lr?"),
+    ],
+)
+def test_a_mistake_in_a_late_stage_is_told_before_anything_is_submitted(lab, folder, run_dir, evaluate, distil, told):
+    before = lab.run("squeue", "--noheader", "--states=all").stdout
+    ended, jobs = submit(lab, write_pipeline(lab, folder, run_dir, evaluate=evaluate, distil=distil), check=False)
+    assert (ended.returncode, jobs) == (2, [])
+    assert told in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert lab.run("squeue", "--noheader", "--states=all").stdout.count("\n") == before.count("\n")
+
+
+def test_options_that_slurm_refuses_leave_nothing_behind(lab, folder, run_dir):
+    file = write_pipeline(lab, folder, run_dir)
+    file.write_text(file.read_text() + "evaluate_sbatch=(--partition=nowhere)\n")
+    ended, (prepare, distil) = submit(lab, file, check=False)
+    assert ended.returncode == 2
+    assert "Mend evaluate_sbatch" in ended.stderr
+    assert [job.ended(seconds=60)["JobState"] for job in (prepare, distil)] == ["CANCELLED"] * 2
+
+
+def test_a_file_that_is_not_there_or_empty_is_told(lab, folder):
+    ended, _ = submit(lab, folder / "nowhere", check=False)
+    assert (ended.returncode, "Copy slurm/pipeline.example" in ended.stderr) == (2, True)
+    (folder / "empty").write_text("run=here\n")
+    ended, _ = submit(lab, folder / "empty", check=False)
+    assert (ended.returncode, "has no stage" in ended.stderr) == (2, True)
+
+
+def test_an_evaluation_at_its_time_limit_goes_on_in_another_slice(lab, folder):
+    output = folder / "evaluation"
+    words = (MINI / "teacher", "--tasks", "allocine_fr", "--data", folder / "data", "--output", output)
+    words += ("--seeds", *range(12), "--epochs", "12")
+    job = lab.submit(*words, options=ONE_TASK, script="evaluate.sbatch")
+    job.wait_until(lambda: len(list(output.glob("tasks/*/*/*/result.json"))) >= 1, "one is finished")
+    lab.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_until(lambda: job.facts()["Restarts"] == "1", "it is requeued")
+    kept = {path: path.stat().st_mtime_ns for path in output.glob("tasks/*/*/*/result.json")}
+    assert 0 < len(kept) < 12
+    facts = job.ended()
+    assert facts["JobState"] == "COMPLETED", job.said()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(output.glob("tasks/*/*/*/result.json"))) == 12
