@@ -8,6 +8,9 @@ once for all; --together cuts them into groups, for a machine with little memory
 written after each group: what stands there is not done again, on whatever machine it was made; runs that were stopped
 go on where their folders are. --report writes the table as Markdown.
 
+With --equal_time arms get as many steps as the triplet takes time for, by short runs of all of them in turn, and train
+one by one. The steps are kept in --results, so that what is done later has the same.
+
 Published, DistilBERT section 4, as the change of the mean GLUE score: without the teacher's distribution -2.96, without
 cosine -1.46, without masked words -0.31, from random layers -3.69.
 """
@@ -18,6 +21,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ import yaml
 
 from distilcb import distributed
 from distilcb.config import REPOSITORY
+from distilcb.data.corpus import read_documents
+from distilcb.data.damage import Damage
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import ConfigError, TrainingError
 from distilcb.eval.report import as_console, as_markdown
@@ -50,6 +56,8 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
 }
 PUBLISHED = {"without kl": -2.96, "without cos": -1.46, "without mlm": -0.31, "random layers": -3.69}
 FIGURES = {"kl": "kl (nats)", "agreement": "agreement", "mlm_accuracy": "words right", "mlm_loss": "loss (nats)"}
+MASKINGS = 4
+TIMED_TURNS, TIMED_STEPS, TIMED_EVERY = 3, 8, 100
 _SHARES = ("agreement", "mlm_accuracy")
 
 Results = dict[str, dict[str, dict[str, float]]]
@@ -60,18 +68,26 @@ def main(words: list[str]) -> None:
     arms = options.arms or list(ARMS)
     if unknown := [name for name in arms if name not in ARMS]:
         raise ConfigError(f"--arms {', '.join(unknown)}: there are {', '.join(ARMS)}.")
-    settings = {name: getattr(options, name) for name in ("train", "heldout", "steps")}
+    settings = {name: getattr(options, name) for name in ("train", "heldout", "steps", "heldout_every", "equal_time")}
     # Names of text may differ from machine to machine.
     settings |= {name: Path(settings[name]).name for name in ("train", "heldout") if settings[name]}
-    results = read(options.results, settings)
+    results, steps = read(options.results, settings)
+    if options.equal_time and (untimed := [name for name in arms if name not in steps]):
+        steps |= steps_in_equal_time(untimed, options)
+
+    def keep() -> None:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        found = {"settings": settings, "steps": steps, "arms": results}
+        write_durably(options.results, json.dumps(found, indent=1) + "\n")
+
+    keep()
     for seed in range(options.seeds):  # seeds outside, so that what is stopped early compares like with like
         missing = [name for name in arms if str(seed) not in results.get(name, {})]
-        size = options.together or len(ARMS)
+        size = 1 if options.equal_time else options.together or len(ARMS)
         for group in (missing[first : first + size] for first in range(0, len(missing), size)):
-            for name, figures in train(group, seed, options).items():
+            for name, figures in train(group, seed, steps.get(group[0], options.steps), options).items():
                 results.setdefault(name, {})[str(seed)] = figures
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(options.results, json.dumps({"settings": settings, "arms": results}, indent=1) + "\n")
+            keep()
     rows = table({name: results[name] for name in arms if name in results})
     print(f"\n{as_console(rows)}")
     if options.report:
@@ -82,6 +98,10 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--train", help="text to train on (default: the shipped text)")
     made.add_argument("--heldout", help="text to evaluate on (default: the shipped text)")
+    made.add_argument(
+        "--heldout_every", type=int, default=3, metavar="N", help="evaluate on every Nth document of it (default: 3)"
+    )
+    made.add_argument("--equal_time", action="store_true", help="as many steps as the triplet takes time for")
     made.add_argument("--arms", nargs="+", metavar="NAME", help=f"of {', '.join(ARMS)} (default: all)")
     made.add_argument("--steps", type=int, default=125, help="steps of 64 x 128 tokens (default: 125, 1 M tokens)")
     made.add_argument("--seeds", type=int, default=3)
@@ -94,44 +114,74 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def read(path: Path, settings: dict[str, Any]) -> Results:
-    """What earlier starts found.
+def read(path: Path, settings: dict[str, Any]) -> tuple[Results, dict[str, int]]:
+    """What earlier starts found, and the steps of arms at equal time.
 
     Raises:
         ConfigError: with other settings.
     """
     if not path.is_file():
-        return {}
+        return {}, {}
     there = json.loads(path.read_text(encoding="utf-8"))
     if there["settings"] != settings:
         raise ConfigError(
             f"{path} has results of {there['settings']}, asked for are {settings}. Name another --results."
         )
-    found: Results = there["arms"]
-    return found
+    return there["arms"], there["steps"]
 
 
-def train(arms: Sequence[str], seed: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+def steps_in_equal_time(arms: Sequence[str], options: argparse.Namespace) -> dict[str, int]:
+    """Steps of each arm that take as long as --steps of the triplet: medians of short runs in turn."""
+    rates: dict[str, list[float]] = {name: [] for name in {BASE: 0} | dict.fromkeys(arms)}
+    for turn in range(TIMED_TURNS):
+        for name, found in rates.items():
+            folder = options.runs / "timed" / f"turn_{turn}"
+            run = folder / file_name(name)
+            words = ["--recipe", str(write_recipe(folder, name)), "--run_dir", str(run), "--fresh"]
+            words += ["--train.steps", str(TIMED_STEPS), "--train.log_every", "1", "--train.eval_every", "0"]
+            launch([*words, *text_of(options, every=TIMED_EVERY)], run)
+            lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            steps = [each for each in map(json.loads, lines) if "loss" in each]
+            found.append(statistics.median(each["tokens_per_second"] for each in steps[2:]))
+    shares = {
+        name: statistics.median(own / base for own, base in zip(found, rates[BASE], strict=True))
+        for name, found in rates.items()
+    }
+    return {name: round(options.steps * shares[name]) for name in arms}
+
+
+def train(arms: Sequence[str], seed: int, steps: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """{arm: held-out figures} of a group of arms that learn from the same passes of the teacher."""
     folder = options.runs / f"seed_{seed}"
     recipes = folder / "recipes"
-    recipes.mkdir(parents=True, exist_ok=True)
     files = [write_recipe(recipes, name) for name in arms]
-    text = [
-        word
-        for name in ("train", "heldout")
-        if getattr(options, name)
-        for word in (f"--data.{name}", getattr(options, name))
-    ]
     one = ["--recipe", str(files[0]), "--run_dir", str(folder / file_name(arms[0]))]
     words = one if len(arms) == 1 else ["--students", *map(str, files), "--run_dir", str(folder)]
-    words += ["--train.seed", str(seed), *text]
-    words += ["--train.steps", str(options.steps), "--train.eval_every", "0", "--train.save_every", "20"]
+    words += ["--train.seed", str(seed), *text_of(options, every=options.heldout_every)]
+    words += ["--train.steps", str(steps), "--train.eval_every", "0", "--train.save_every", "20"]
     print(f"--- seed {seed}: {', '.join(arms)}", flush=True)
+    launch([*words, "--train.eval_maskings", str(MASKINGS)], folder)
+    return {name: figures_of(folder / file_name(name)) for name in arms}
+
+
+def launch(words: Sequence[str], folder: Path) -> None:
+    """launch/train.py; raises TrainingError where it fails."""
     done = subprocess.run([sys.executable, str(REPOSITORY / "launch" / "train.py"), *words], check=False)
     if done.returncode:
         raise TrainingError(f"{folder} ended with {done.returncode}; what it said stands above")
-    return {name: figures_of(folder / file_name(name)) for name in arms}
+
+
+def text_of(options: argparse.Namespace, *, every: int) -> list[str]:
+    """The options that name text; of the held-out one every so-many-th document, as a file."""
+    words = ["--data.train", options.train] if options.train else []
+    if not options.heldout:
+        return words
+    sample = options.runs / f"heldout_{every}.txt"
+    if not sample.is_file():
+        sample.parent.mkdir(parents=True, exist_ok=True)
+        documents = islice(read_documents(Path(options.heldout), text_field="text", damage=Damage()), 0, None, every)
+        write_durably(sample, "".join(f"{' '.join(document.split())}\n" for document in documents))
+    return [*words, "--data.heldout", str(sample)]
 
 
 def file_name(arm: str) -> str:
@@ -140,7 +190,8 @@ def file_name(arm: str) -> str:
 
 
 def write_recipe(folder: Path, arm: str) -> Path:
-    """The mini recipe with what the arm changes."""
+    """The mini recipe with what the arm changes, as a file."""
+    folder.mkdir(parents=True, exist_ok=True)
     text = RECIPE.read_text(encoding="utf-8").replace("{recipe_dir}", str(RECIPE.parent))
     recipe = yaml.safe_load(text)
     for section, settings in ARMS[arm].items():
