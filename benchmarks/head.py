@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from side_by_side import medians, parser_of, peak_bytes, table, tell
+from side_by_side import median_peaks, medians, parser_of, table, tell
 from torch import Tensor
 
 from distilcb import distributed
@@ -143,7 +143,7 @@ def _sizes(
         if liger := ligers_nearest(head):
             contenders["Liger, hard labels on all rows"] = liger
         seconds = medians(contenders, rounds=rounds)
-        memory = {name: peak_bytes(contender) for name, contender in contenders.items()}
+        memory = median_peaks(contenders)
         for name in contenders:
             speed, share = seconds["plain"] / seconds[name], memory[name] / memory["plain"]
             figures[f"{name}, {tokens} tokens"] = {
@@ -157,7 +157,7 @@ def _sizes(
     chunk = rows_per_chunk(vocab, device.type)
     return (
         f"KL on all tokens and cross-entropy on {MASKED:.0%} of them, hidden {HIDDEN}, vocabulary {vocab:,}, {dtype}, "
-        f"{chunk:,} rows a chunk; loss and gradients, median of {rounds} in turn.\n\n"
+        f"{chunk:,} rows a chunk; loss and gradients, median of {rounds} in turn (memory: 3).\n\n"
         + table(["", "ms", "speed, plain = 1", "peak MB beyond inputs", "memory, plain = 1"], rows)
     )
 
@@ -179,7 +179,7 @@ def _vocabularies(tokens: int, dtype: torch.dtype, device: torch.device, rounds:
     for vocab in (32_005, 64_001, 119_547):
         head = Head.of(tokens, vocab, dtype, device)
         seconds = medians({"streamed": head.streamed}, rounds=rounds)["streamed"]
-        memory = peak_bytes(head.streamed)
+        memory = median_peaks({"streamed": head.streamed})["streamed"]
         figures[f"streamed, vocabulary {vocab}"] = {"seconds": seconds, "peak_bytes": memory}
         rows.append((f"{vocab:,}", f"{seconds * 1e3:,.0f}", f"{memory / 1e6:,.0f}"))
     return f"Growth with the vocabulary, {tokens:,} tokens:\n\n" + table(["vocabulary", "ms", "peak MB"], rows)

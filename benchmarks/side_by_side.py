@@ -34,6 +34,12 @@ def medians(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
     return {name: statistics.median(values) for name, values in in_turn(contenders, rounds=rounds).items()}
 
 
+def median_peaks(contenders: Mapping[str, Callable[[], Any]], *, rounds: int = 3) -> dict[str, float]:
+    """As `peak_bytes`, the median of `rounds` in turn: what an allocator keeps differs from call to call."""
+    found = [{name: peak_bytes(contender) for name, contender in contenders.items()} for _ in range(rounds)]
+    return {name: statistics.median(each[name] for each in found) for name in contenders}
+
+
 def peak_bytes(contender: Callable[[], Any]) -> int:
     """What a call needs at its peak beyond what was there before: device memory on CUDA, else resident memory."""
     contender()

@@ -155,7 +155,7 @@ class _StreamedHead(torch.autograd.Function):
         # grad_loss carries the loss scale of fp16; applied here, in fp32, to gradients that had no count in them yet.
         factor = grad_loss.float() * ctx.factor
         gradients = [
-            torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype)) if needed and dtype else None
+            _scaled(gradient, factor, dtype) if needed and dtype else None
             for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         ]
         return (*gradients, None, None, None)
@@ -269,6 +269,17 @@ def _add_in_place(total: Tensor, addend: Tensor) -> None:
     # On a CPU torch first writes a whole fp32 copy of a half-precision addend: a few rows' stays in the cache.
     for part, more in zip(_few_rows(total), _few_rows(addend), strict=True):
         part.add_(more)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, of fp32, rounded once to `dtype`."""
+    scaled = torch.empty_like(gradient, dtype=dtype)
+    if gradient.dim() == 1:
+        return torch.mul(gradient, factor, out=scaled)
+    # A few rows at a time, as `_add_in_place`: torch makes a whole fp32 product first.
+    for part, out in zip(_few_rows(gradient), _few_rows(scaled), strict=True):
+        torch.mul(part, factor, out=out)
+    return scaled
 
 
 def _column_sums(matrix: Tensor) -> Tensor:
