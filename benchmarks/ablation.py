@@ -8,28 +8,30 @@ once for all; --together cuts them into groups, for a machine with little memory
 written after each group: what stands there is not done again, on whatever machine it was made; runs that were stopped
 go on where their folders are. --report writes the table as Markdown.
 
-With --equal_time arms get as many steps as the triplet takes time for, by short runs of all of them in turn, and train
-one by one. The steps are kept in --results, so that what is done later has the same.
+With --equal_time they have not the same steps: arms get as many as the triplet takes time for, by short runs of all of
+them in turn, and train one by one. The steps are kept in --results, so that what is done later has the same.
 
 Published, DistilBERT section 4, as the change of the mean GLUE score: without the teacher's distribution -2.96, without
 cosine -1.46, without masked words -0.31, from random layers -3.69.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from distilcb import distributed
+from distilcb.command_line import number
 from distilcb.config import REPOSITORY
-from distilcb.data.corpus import read_documents
+from distilcb.data.corpus import find_sources, read_documents
 from distilcb.data.damage import Damage
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import ConfigError, TrainingError
@@ -57,7 +59,8 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
 PUBLISHED = {"without kl": -2.96, "without cos": -1.46, "without mlm": -0.31, "random layers": -3.69}
 FIGURES = {"kl": "kl (nats)", "agreement": "agreement", "mlm_accuracy": "words right", "mlm_loss": "loss (nats)"}
 MASKINGS = 4
-TIMED_TURNS, TIMED_STEPS, TIMED_EVERY = 3, 8, 100
+# Turns; steps of each, of which the first ones warm up; held-out documents, which are not timed.
+TIMED_TURNS, TIMED_STEPS, TIMED_FROM, TIMED_EVERY = 3, 12, 4, 100
 _SHARES = ("agreement", "mlm_accuracy")
 
 Results = dict[str, dict[str, dict[str, float]]]
@@ -68,9 +71,11 @@ def main(words: list[str]) -> None:
     arms = options.arms or list(ARMS)
     if unknown := [name for name in arms if name not in ARMS]:
         raise ConfigError(f"--arms {', '.join(unknown)}: there are {', '.join(ARMS)}.")
-    settings = {name: getattr(options, name) for name in ("train", "heldout", "steps", "heldout_every", "equal_time")}
-    # Names of text may differ from machine to machine.
-    settings |= {name: Path(settings[name]).name for name in ("train", "heldout") if settings[name]}
+    settings = {name: getattr(options, name) for name in ("steps", "heldout_every", "equal_time")}
+    # Where text lies may differ from machine to machine.
+    settings |= {name: Path(getattr(options, name)).name for name in ("train", "heldout")}
+    # Runs of other settings have folders of their own.
+    options.runs /= hashlib.sha256(json.dumps([settings, options.train, options.heldout]).encode()).hexdigest()[:8]
     results, steps = read(options.results, settings)
     if options.equal_time and (untimed := [name for name in arms if name not in steps]):
         steps |= steps_in_equal_time(untimed, options)
@@ -91,21 +96,27 @@ def main(words: list[str]) -> None:
     rows = table({name: results[name] for name in arms if name in results})
     print(f"\n{as_console(rows)}")
     if options.report:
-        write_durably(options.report, as_markdown(rows) + "\n")
+        told = ", ".join(f"{name} {value}" for name, value in (settings | steps).items())
+        write_durably(options.report, f"{as_markdown(rows)}\n\n{told}\n")
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--train", help="text to train on (default: the shipped text)")
-    made.add_argument("--heldout", help="text to evaluate on (default: the shipped text)")
+    text = RECIPE.parent / "mini" / "text"
+    made.add_argument("--train", default=str(text / "train"), help="text to train on (default: the shipped text)")
     made.add_argument(
-        "--heldout_every", type=int, default=3, metavar="N", help="evaluate on every Nth document of it (default: 3)"
+        "--heldout", default=str(text / "heldout"), help="text to evaluate on (default: the shipped text)"
+    )
+    made.add_argument(
+        "--heldout_every", type=number(1), default=3, metavar="N", help="take every Nth document of it (default: 3)"
     )
     made.add_argument("--equal_time", action="store_true", help="as many steps as the triplet takes time for")
     made.add_argument("--arms", nargs="+", metavar="NAME", help=f"of {', '.join(ARMS)} (default: all)")
-    made.add_argument("--steps", type=int, default=125, help="steps of 64 x 128 tokens (default: 125, 1 M tokens)")
-    made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--together", type=int, metavar="N", help="arms that train together (default: all)")
+    made.add_argument(
+        "--steps", type=number(1), default=125, help="steps of 64 x 128 tokens (default: 125, 1 M tokens)"
+    )
+    made.add_argument("--seeds", type=number(1), default=3)
+    made.add_argument("--together", type=number(1), metavar="N", help="arms that train together (default: all)")
     made.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     made.add_argument(
         "--results", type=Path, default=Path("runs/ablation/results.json"), help="JSON file to go on with"
@@ -140,14 +151,24 @@ def steps_in_equal_time(arms: Sequence[str], options: argparse.Namespace) -> dic
             words = ["--recipe", str(write_recipe(folder, name)), "--run_dir", str(run), "--fresh"]
             words += ["--train.steps", str(TIMED_STEPS), "--train.log_every", "1", "--train.eval_every", "0"]
             launch([*words, *text_of(options, every=TIMED_EVERY)], run)
-            lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            steps = [each for each in map(json.loads, lines) if "loss" in each]
-            found.append(statistics.median(each["tokens_per_second"] for each in steps[2:]))
+            found.append(mean_rate(run, ARMS[name].get("loss", {}).get("kl_until", 1.0)))
     shares = {
         name: statistics.median(own / base for own, base in zip(found, rates[BASE], strict=True))
         for name, found in rates.items()
     }
     return {name: round(options.steps * shares[name]) for name in arms}
+
+
+def mean_rate(run: Path, kl_until: float) -> float:
+    """Tokens a second of a whole training, from the steps of a short one, whose last ones may go without kl."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rates = {each["step"]: each["tokens_per_second"] for each in map(json.loads, lines) if "loss" in each}
+    last_taught = round(kl_until * TIMED_STEPS)
+    taught = statistics.median(rate for step, rate in rates.items() if TIMED_FROM <= step <= last_taught)
+    if kl_until == 1:
+        return taught
+    untaught = statistics.median(rate for step, rate in rates.items() if step > last_taught)
+    return 1 / (kl_until / taught + (1 - kl_until) / untaught)
 
 
 def train(arms: Sequence[str], seed: int, steps: int, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -173,15 +194,12 @@ def launch(words: Sequence[str], folder: Path) -> None:
 
 def text_of(options: argparse.Namespace, *, every: int) -> list[str]:
     """The options that name text; of the held-out one every so-many-th document, as a file."""
-    words = ["--data.train", options.train] if options.train else []
-    if not options.heldout:
-        return words
+    sources = find_sources(options.heldout.split(","))
+    documents = chain.from_iterable(read_documents(each, text_field="text", damage=Damage()) for each in sources)
     sample = options.runs / f"heldout_{every}.txt"
-    if not sample.is_file():
-        sample.parent.mkdir(parents=True, exist_ok=True)
-        documents = islice(read_documents(Path(options.heldout), text_field="text", damage=Damage()), 0, None, every)
-        write_durably(sample, "".join(f"{' '.join(document.split())}\n" for document in documents))
-    return [*words, "--data.heldout", str(sample)]
+    sample.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(sample, "".join(f"{' '.join(each.split())}\n" for each in islice(documents, 0, None, every)))
+    return ["--data.train", options.train, "--data.heldout", str(sample)]
 
 
 def file_name(arm: str) -> str:

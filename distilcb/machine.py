@@ -151,6 +151,10 @@ def wait_for_compiler(operator: str) -> None:
                 "process was killed. Remove the file and start again."
             )
         if not told:
-            _log.info("another process compiles %s: waiting for it (%s)", operator, locks[0])
+            _log.warning(
+                "another process compiles %s: waiting for it. If none does, one was killed in it: remove %s",
+                operator,
+                locks[0],
+            )
             told = True
         time.sleep(0.5)

@@ -12,7 +12,7 @@ refuse() {
     exit 2
 }
 
-cd "${BASH_SOURCE[0]%/*}/.." || exit 2
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null || exit 2
 
 if [ -n "${DISTILCB_SITE:-}" ] && [ ! -f "$DISTILCB_SITE" ]; then
     refuse "DISTILCB_SITE=$DISTILCB_SITE is not there. Copy slurm/site.sh.example, or unset it."

@@ -1,9 +1,11 @@
 # What the *.sbatch files of this folder have in common; they source it. To what environment.sh leaves it adds
 #   launch WORDS    srun of $python, a task a rank, in the background; waits for it through signals; $? is srun's
+#   requeue_at_limit COMMAND   at the time limit, if more is finished by then: COMMAND prints how much
+#   value_of OPTION WORDS   what an option is given among words
 #   is_running      whether this job is to go on, as far as Slurm says: not COMPLETING, CANCELLED, ...
 #   is_preempted    whether Slurm has taken the nodes of this start for another job
 
-. "${BASH_SOURCE[0]%/*}/environment.sh" # $python, say, refuse
+. "$(dirname -- "${BASH_SOURCE[0]}")/environment.sh" || exit 2 # $python, say, refuse
 [ -n "${SLURM_JOB_ID:-}" ] || refuse "$0 is for Slurm: submit it with sbatch from the repository's folder."
 
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # Slurm 22.05 and later do not pass it on by themselves
@@ -23,6 +25,37 @@ launch() {
         [ "$code" -le 128 ] || { wait "$child"; code=$?; } # or as srun ended: bash has kept srun's own
         return "$code"
     done
+}
+
+# A job whose finished work is kept, and which comes to its time limit, goes on in another slice if it has finished any.
+# COMMAND prints how much is finished. Before it, the file's first line: trap 'warned=1' USR1
+requeue_at_limit() { # COMMAND
+    count_finished=$1
+    finished_before=$("$count_finished")
+    trap at_limit USR1
+    [ -z "${warned:-}" ] || refuse "the time limit is near before work has begun. Ask for more --time."
+}
+
+at_limit() {
+    say "the time limit is near"
+    if [ "$("$count_finished")" = "$finished_before" ]; then
+        say "nothing was finished in this slice, so another would not help: ask for more --time" >&2
+    elif scontrol requeue "$SLURM_JOB_ID"; then
+        say "what is finished is kept, and the job is requeued"
+    else
+        say "what is finished is kept, but Slurm refused to requeue: submit the same line again" >&2
+    fi
+}
+
+value_of() { # OPTION WORDS...: of the last one among the words
+    local option=$1 value= before=
+    shift
+    for word in "$@"; do
+        [ "$before" != "$option" ] || value=$word
+        case $word in "$option="*) value=${word#*=} ;; esac
+        before=$word
+    done
+    echo "$value"
 }
 
 is_running() {

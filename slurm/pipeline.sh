@@ -6,49 +6,68 @@
 #
 # On a login node: it checks what it can, submits a job a stage, each of which starts when the one before has ended well,
 # and ends. A stage that fails cancels those after it. Mend what its log says and give the same line again: blocks,
-# steps, fine-tunings that are finished are kept. docs/slurm.md says more.
+# steps and fine-tunings that are finished are kept. docs/slurm.md says more.
 
 set -uo pipefail
-here=$(cd "${BASH_SOURCE[0]%/*}" && pwd)
-file=$(realpath -m -- "${1:-$here/pipeline.example}") # before environment.sh goes to distilcb's folder
-. "$here/environment.sh"
+slurm_folder=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd) || exit 2
+pipeline_file=$(realpath -m -- "${1:-$slurm_folder/pipeline.example}") # before environment.sh goes to distilcb's folder
+. "$slurm_folder/environment.sh" || exit 2
+export DISTILCB_HOME=$PWD # whose options are checked here; the jobs work there
+for name in ${!SLURM_@}; do # an allocation that this shell is in is not the jobs'
+    [ "$name" = SLURM_CONF ] || unset "$name"
+done
 
 [ $# -le 1 ] || refuse "pipeline.sh takes one file, came $#: $*. What stages are given stands in it."
-[ -f "$file" ] || refuse "$file is not there. Copy slurm/pipeline.example and say in it what each stage does."
+[ -f "$pipeline_file" ] || refuse "$pipeline_file is not there. Copy slurm/pipeline.example and say in it what each stage does."
+bash -n "$pipeline_file" || refuse "$pipeline_file is not bash, see above."
 command -v sbatch >/dev/null || refuse "no sbatch on $(hostname): start this on a login node of a Slurm cluster."
 
-prepare=() distil=() evaluate=()
-prepare_sbatch=() distil_sbatch=() evaluate_sbatch=()
-. "$file" || refuse "$file failed: run 'bash -u $file' to see why."
-[ $((${#prepare[@]} + ${#distil[@]} + ${#evaluate[@]})) -gt 0 ] || refuse "$file has no stage. Needed: prepare=(…), distil=(…) or evaluate=(…)."
+prepare=() distill=() evaluate=()
+prepare_sbatch=() distill_sbatch=() evaluate_sbatch=()
+names_before=$(compgen -v)
+. "$pipeline_file"
+cd "$DISTILCB_HOME" || exit 2
+for name in $(compgen -v | grep -vxF "$names_before" | grep -xE 'distil|prep|eval|.*_sbatch'); do
+    refuse "$pipeline_file sets $name, which is no stage. Needed: prepare, distill, evaluate, and these with _sbatch."
+done
+[ $((${#prepare[@]} + ${#distill[@]} + ${#evaluate[@]})) -gt 0 ] || refuse "$pipeline_file has no stage. Needed: prepare=(…), distill=(…) or evaluate=(…)."
 
 # What is wrong with the words of a late stage should not be found out days later. It has told so itself.
 [ ${#prepare[@]} -eq 0 ] || "${python[@]}" launch/prepare.py "${prepare[@]}" --check || exit
-[ ${#distil[@]} -eq 0 ] || "${python[@]}" launch/train.py "${distil[@]}" --print_run_dir >/dev/null || exit
+[ ${#distill[@]} -eq 0 ] || "${python[@]}" launch/train.py "${distill[@]}" --print_run_dir >/dev/null || exit
 [ ${#evaluate[@]} -eq 0 ] || "${python[@]}" launch/evaluate.py "${evaluate[@]}" --check || exit
 
-submitted=()
-submit() { # STAGE FILE OPTIONS_OF_SBATCH... -- WORDS...: to start after the one before
-    local stage=$1 batch_file=slurm/$2 options=() number after=
-    shift 2
-    while [ "$1" != -- ]; do options+=("$1") && shift; done
+submitted=() # jobs
+after=       # what the next one waits for
+submit() {   # STAGE OPTIONS_OF_SBATCH... -- WORDS...
+    local stage=$1 options=() condition=afterok number
     shift
-    [ $# -gt 0 ] || return 0 # a stage that is left out
-    [ ${#submitted[@]} -eq 0 ] || after=${submitted[-1]}
-    number=$(sbatch --parsable ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} "${options[@]}" "$batch_file" "$@") || {
+    while [ "$1" != -- ]; do
+        # Of slices in a chain some may be lost, and the next one go on. Whether all was done the next stage sees.
+        case $1 in -a* | --array*) condition=afterany ;; esac
+        options+=("$1")
+        shift
+    done
+    shift
+    if [ $# -eq 0 ]; then
+        say "$stage: left out"
+        return
+    fi
+    number=$(sbatch --parsable ${after:+--dependency=$after --kill-on-invalid-dep=yes} "${options[@]}" "slurm/$stage.sbatch" "$@") || {
         [ ${#submitted[@]} -eq 0 ] || scancel "${submitted[@]}"
-        refuse "Slurm does not take the stage $stage (see above), so none was submitted. Mend ${stage}_sbatch in $file."
+        refuse "Slurm does not take the stage $stage (see above), so none is submitted. Mend ${stage}_sbatch in $pipeline_file."
     }
-    submitted+=("${number%%;*}")
-    say "$stage: job ${submitted[-1]}${after:+, after $after}"
+    number=${number%%;*}
+    say "$stage: job $number${after:+, $after}"
+    submitted+=("$number")
+    after=$condition:$number
 }
 
-submit prepare prepare.sbatch "${prepare_sbatch[@]}" -- "${prepare[@]}"
-submit distil distill.sbatch "${distil_sbatch[@]}" -- "${distil[@]}"
-# Fine-tuning and timing are one process's work.
-alone=()
+submit prepare "${prepare_sbatch[@]}" -- "${prepare[@]}"
+submit distill "${distill_sbatch[@]}" -- "${distill[@]}"
+alone=() # fine-tuning and timing are one process's work
 for word in "${evaluate[@]}"; do
-    case $word in --tasks | --speed) alone=(--nodes=1 --ntasks-per-node=1 --gres=gpu:1) ;; esac
+    case $word in --tasks | --tasks=* | --speed) alone=(--nodes=1 --ntasks-per-node=1 --gres=gpu:1) ;; esac
 done
-submit evaluate evaluate.sbatch "${alone[@]}" "${evaluate_sbatch[@]}" -- "${evaluate[@]}"
+submit evaluate "${alone[@]}" "${evaluate_sbatch[@]}" -- "${evaluate[@]}"
 echo "squeue --jobs $(IFS=, && echo "${submitted[*]}")    shows where they are; scancel ${submitted[*]} ends them"

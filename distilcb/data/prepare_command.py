@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distilcb.command_line import Parser, number
+from distilcb.data.corpus import find_sources
 from distilcb.data.parts import PART_BYTES
+from distilcb.hub import model_folder
 from distilcb.launcher import World
 
 log = logging.getLogger(__name__)
@@ -23,6 +25,8 @@ def prepare_from(words: list[str], *, description: str | None) -> None:
     """
     options = _parser(description).parse_args(words)
     if options.check:
+        find_sources(options.input)
+        model_folder(options.tokenizer, what="tokenizer", weights=False)
         return
     from distilcb.data.crew import find_world, join_crew
     from distilcb.data.prepare import prepare
@@ -96,7 +100,7 @@ def _parser(description: str | None) -> Parser:
         metavar="MB",
         help=f"text that one process packs at a time; decides where blocks begin (default: {_DEFAULT_MEGABYTES:.0f})",
     )
-    parser.add_argument("--check", action="store_true", help="look at these options alone, and end")
+    parser.add_argument("--check", action="store_true", help="look at the options and at what they name, and end")
     # The deepspeed launcher adds it to every command.
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

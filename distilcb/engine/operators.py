@@ -17,7 +17,8 @@ from distilcb.machine import compiled_operators_folder, is_compiled, use_own_too
 FUSED_ADAM, CPU_COMMUNICATION = "fused_adam", "deepspeed_shm_comm"
 TIMEOUT_SECONDS = 900
 
-_BUILD = "from distilcb.engine.operators import build_here; build_here()"
+_BUILD = "import sys; from distilcb.engine.operators import build_here; build_here(sys.argv[1])"
+_BUILDERS = {FUSED_ADAM: "FusedAdamBuilder", CPU_COMMUNICATION: "ShareMemCommBuilder"}
 
 
 def needed_operators() -> tuple[str, ...]:
@@ -26,23 +27,29 @@ def needed_operators() -> tuple[str, ...]:
 
 
 def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
-    """Build what is not built yet, in a process of its own, saying so.
+    """Build what is not built yet, each in a process of its own, saying so.
 
     Raises:
         LaunchError: no compiler, a build that fails, or one that takes too long (a lock that a killed build left).
     """
     use_own_tools()
-    for name in needed_operators():
-        wait_for_compiler(name)
     waiting = [name for name in needed_operators() if not is_compiled(name)]
     if not waiting:
         print("DeepSpeed's operators are compiled already", flush=True)
         return
     print(f"compiling DeepSpeed's operators ({', '.join(waiting)}): about a minute, once", flush=True)
     started = time.perf_counter()
+    for name in waiting:
+        wait_for_compiler(name)
+        if not is_compiled(name):
+            _build(name, timeout_seconds)
+    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def _build(name: str, timeout_seconds: float) -> None:
     try:
         done = subprocess.run(
-            [sys.executable, "-c", _BUILD],
+            [sys.executable, "-c", _BUILD, name],
             capture_output=True,
             text=True,
             timeout=timeout_seconds,
@@ -50,16 +57,15 @@ def build_operators(*, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise LaunchError(
-            f"compiling {', '.join(waiting)} took over {timeout_seconds:.0f} s. A build that was killed leaves a file "
+            f"compiling {name} took over {timeout_seconds:.0f} s. A build that was killed leaves a file "
             f"'lock' under {compiled_operators_folder()}: remove it and try again."
         ) from error
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines()
         raise LaunchError(
-            f"DeepSpeed's operators cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: ninja and a C++ "
+            f"DeepSpeed's {name} cannot be compiled: {lines[-1] if lines else 'no output'}. Needed: ninja and a C++ "
             "compiler (apt-get install g++, or module load gcc); for a GPU also nvcc, of torch's CUDA version."
         )
-    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def build_own() -> None:
@@ -74,13 +80,11 @@ def build_own() -> None:
         print(f"it cannot be compiled, and steps will take longer: {error}", file=sys.stderr)
 
 
-def build_here() -> None:
-    """Build and load every needed operator in this process."""
+def build_here(name: str) -> None:
+    """Build and load an operator in this process."""
     from deepspeed.accelerator import get_accelerator
 
-    builders = {FUSED_ADAM: "FusedAdamBuilder", CPU_COMMUNICATION: "ShareMemCommBuilder"}
-    for name in needed_operators():
-        get_accelerator().create_op_builder(builders[name]).load(verbose=False)
+    get_accelerator().create_op_builder(_BUILDERS[name]).load(verbose=False)
 
 
 def _main(_words: list[str]) -> None:

@@ -25,7 +25,7 @@ from distilcb.eval.report import NAMES_IN_A_RUN, as_markdown, heldout_tables
 from distilcb.hub import model_folder
 from distilcb.launcher import World
 from distilcb.models.families import family_of
-from distilcb.models.loading import load_language_model
+from distilcb.models.loading import load_config, load_language_model
 from distilcb.models.teacher import Teacher
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ def evaluate_models(
     shown = names_in_results(models)
     if teacher:
         model_folder(teacher, weights=False)  # a name that is not there is a model's, not a tokenizer's
+    for name in [*([teacher] if teacher else []), *models]:
+        load_config(name)  # a folder that is no model is told as such, not as one without a tokenizer
     tokenizer = TextTokenizer(teacher or models[0])
     for name in models:
         if TextTokenizer(name).vocabulary.fingerprint != tokenizer.vocabulary.fingerprint:

@@ -72,7 +72,9 @@ def parser_of(description: str | None) -> Parser:
     parser.add_argument(
         "--card", action="store_true", help="also write tasks and speed into each model's own README.md, its card"
     )
-    parser.add_argument("--check", action="store_true", help="look at these options alone, and end")
+    parser.add_argument(
+        "--check", action="store_true", help="look at the options and at what they name but MODEL, and end"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     return parser
 
@@ -89,7 +91,7 @@ def check_options(options: argparse.Namespace) -> None:
         faults += [f"--{name} is of labelled tasks: name some with --tasks" for name in _OF_TASKS if given[name]]
     if not _text_is_wanted(options):
         faults += [f"--{name} is of held-out text: name it with --heldout" for name in _OF_TEXT if given[name]]
-    if (options.tasks or options.speed) and discover().size > 1:
+    if (options.tasks or options.speed) and not options.check and discover().size > 1:
         faults.append(
             "one process fine-tunes and times: start --tasks and --speed with python, in a Slurm job with "
             "sbatch --ntasks-per-node=1 --gres=gpu:1"
@@ -121,16 +123,42 @@ def run(options: argparse.Namespace) -> None:
     """
     check_options(options)
     if options.check:
-        _asked_tasks(options)
+        _check_names(options)
         return
-    if _text_is_wanted(options):
-        _evaluate_text(options)
     if options.card:
         _check_cards(options)
-    speed = _time(options) if options.speed else None
+    # What is kept piece by piece comes first, so that a job that is stopped in it repeats nothing else.
     made = _evaluate_tasks(options) if options.tasks else None
+    if _text_is_wanted(options):
+        _evaluate_text(options)
+    speed = _time(options) if options.speed else None
+    if made:
+        _write_page(options.output / TASKS_FOLDER, made)
     if options.card:
         _fill_cards(options, made, speed)
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    """What is named is there, but for the models, which may be made later; data sets of the hub are not fetched.
+
+    Raises:
+        ConfigError, DataError, ModelError: what is not.
+    """
+    from distilcb.data.corpus import find_sources
+    from distilcb.hub import model_folder
+    from distilcb.tasks.rows import TaskRows
+
+    if options.teacher:
+        model_folder(options.teacher, weights=False)
+    find_sources(options.heldout or [])
+    for asked in _asked_tasks(options):
+        for each, needs_training in ((asked, True), *((other, False) for other in asked.zero_shot)):
+            if each.source.startswith(HUB_PREFIX):
+                continue
+            rows = TaskRows(each.source)
+            splits = [options.split or rows.heldout_split(), *(["train"] if needs_training else [])]
+            for split in splits:
+                rows.read(each.task, split, limit=1)
 
 
 def _check_cards(options: argparse.Namespace) -> None:
@@ -179,7 +207,6 @@ def _evaluate_tasks(options: argparse.Namespace) -> dict[str, Any]:
     from distilcb.finetune.evaluation_report import as_markdown
 
     made = evaluation.run(output)
-    _write_page(output, made)
     print(f"{as_markdown(made)}\n\nresults: {output}")
     return made
 

@@ -168,11 +168,11 @@ def read_task(path: Path) -> Task:
     needed = ["kind", "texts", "target", "metrics"]
     if not isinstance(facts, dict) or set(facts) - set(names) or set(needed) - set(facts):
         came = facts if isinstance(facts, dict) else {}
-        unknown = ", ".join(map(str, set(came) - set(names))) or "none"
-        missing = ", ".join(name for name in needed if name not in came) or "none"
+        odd = [f"{name} is not known" for name in came if name not in names]
+        odd += [f"{name} is missing" for name in needed if name not in came]
         raise ConfigError(
-            f"{path}: came {type(facts).__name__}; unknown: {unknown}; missing: {missing}. Needed: {', '.join(needed)}"
-            f"; where they are wanted {', '.join(name for name in names if name not in needed)}."
+            f"{path}: {', '.join(odd) if isinstance(facts, dict) else 'names and values were to stand there'}. "
+            f"Needed: {', '.join(needed)}; for classification and tagging labels too; language for questions."
         )
     faults = [_fault_of_value(name, value) for name, value in facts.items()]
     if any(faults):

@@ -110,7 +110,9 @@ def checked(task: Task, row: Any, *, where: str) -> Row:
         raise DataError(f"{where}: came {type(row).__name__}, needed an object with {', '.join(task.needed_fields)}.")
     missing = [name for name in task.needed_fields if row.get(name) is None]
     if missing:
-        unlabelled = " Rows without answers cannot be used: choose a --split that has them." * (task.target in missing)
+        unlabelled = " Rows without answers cannot be used: choose a --split that has them." * (
+            missing == [task.target]
+        )
         raise DataError(
             f"{where}: no {', '.join(missing)}; came {', '.join(map(str, row))}, task {task.name} needs "
             f"{', '.join(task.needed_fields)}.{unlabelled}"

@@ -98,7 +98,6 @@ def test_the_loaders_benchmark_tells_rows_and_waiting(tmp_path):
     assert 0 <= figures["share_of_a_step_waited"] < 0.5
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_the_ablation_keeps_each_arm_and_tells_how_far_it_is_from_the_triplet(tmp_path):
     arms = ["triplet", "without cos"]
     words = ["--arms", *arms, "--seeds", 1, "--steps", 2, "--runs", tmp_path / "runs"]
@@ -112,6 +111,7 @@ def test_the_ablation_keeps_each_arm_and_tells_how_far_it_is_from_the_triplet(tm
     assert f"{share['without cos'] - share['triplet']:+.2f}" in row
     assert "-1.46" in row
 
+    assert "heldout_every 3" in (tmp_path / "r.md").read_text()
     shutil.rmtree(tmp_path / "runs")
     again = run(sys.executable, "benchmarks/ablation.py", *words)
     assert again.returncode == 0, again.stderr
@@ -121,6 +121,7 @@ def test_the_ablation_keeps_each_arm_and_tells_how_far_it_is_from_the_triplet(tm
     assert "Name another --results" in other.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_what_wants_a_gpu_says_so_where_there_is_none(tmp_path):
     ended = run("env", f"PYTHON={sys.executable}", "bash", "benchmarks/gpu_all.sh", tmp_path / "out")
     assert ended.returncode == 2

@@ -74,11 +74,14 @@ def test_every_command_of_the_readme_runs(folder):
             assert "equal to the last bit" in run([*words, "--step", "2"], folder)
         elif program == "make":
             assert {"demo": "deepspeed launch/train.py", "test": "pytest"}[words[1]] in run([*words, "-n"], folder)
+        elif program == "source":
+            assert words[1] == ".venv/bin/activate"
         elif program == "tensorboard":
             assert_tensorboard_serves(words, folder)
         else:
             raise AssertionError(f"README has a command that nothing tests: {line}")
-    assert seen == {"make", "launch/train.py", "launch/prepare.py", "launch/replay.py", "sbatch", "tensorboard", "hf"}
+    launched = {"launch/train.py", "launch/prepare.py", "launch/replay.py"}
+    assert seen == launched | {"make", "source", "sbatch", "tensorboard", "hf"}
 
 
 def assert_understood(words):
@@ -190,11 +193,13 @@ def test_the_example_of_a_pipeline_has_options_that_are_there(tmp_path):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/$(ls {tmp_path} | wc -l)\necho 7\n')
     sbatch.chmod(0o755)
-    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable, "DISTILCB_SITE": ""}
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    environ["DISTILCB_SITE"] = str(tmp_path / "site.sh")
+    (tmp_path / "site.sh").touch()
     words = ["bash", REPOSITORY / "slurm/pipeline.sh"]
     told = subprocess.run(words, env=environ, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert told.returncode == 0, told.stderr
-    submitted = [(tmp_path / str(number)).read_text().splitlines() for number in (1, 2, 3)]
+    submitted = [(tmp_path / str(number)).read_text().splitlines() for number in (2, 3, 4)]
     assert [next(word for word in words if word.endswith(".sbatch")) for words in submitted] == [
         f"slurm/{name}.sbatch" for name in ("prepare", "distill", "evaluate")
     ]

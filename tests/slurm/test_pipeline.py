@@ -32,11 +32,11 @@ def write_pipeline(lab, folder, run_dir, *, evaluate="", distil=""):
     text = f"""
         teacher={MINI}/teacher
         prepare=(--input {MINI}/text/train --tokenizer "$teacher" --seq_len 128 --output {folder}/blocks)
-        distil=({" ".join(SMALL)} --data.train {folder}/blocks --run_dir {run_dir} {distil})
+        distill=({" ".join(SMALL)} --data.train {folder}/blocks --run_dir {run_dir} {distil})
         evaluate=({run_dir}/student --teacher "$teacher" --tasks allocine_fr --data {folder}/data --seeds 0 1)
         evaluate+=(--epochs 1 --speed --lengths 16 --card --output {folder}/evaluation {evaluate})
         prepare_sbatch=({log} --nodes=2 --cpus-per-task=1 --time=60)
-        distil_sbatch=({log} {options})
+        distill_sbatch=({log} {options})
         evaluate_sbatch=({log} --cpus-per-task=1 --time=60)
     """
     path = folder / "pipeline"
@@ -47,14 +47,14 @@ def write_pipeline(lab, folder, run_dir, *, evaluate="", distil=""):
 def submit(lab, file, *, check=True):
     """What pipeline.sh said, and its jobs in their order."""
     ended = lab.run("bash", "slurm/pipeline.sh", file, check=check)
-    numbers = re.findall(r"(?:prepare|distil|evaluate): job (\d+)", ended.stdout)
+    numbers = re.findall(r"(?:prepare|distill|evaluate): job (\d+)", ended.stdout)
     return ended, [Job(lab, number, lab.shared / f"{number}.out") for number in numbers]
 
 
 def test_a_pipeline_loses_a_node_and_ends_with_a_filled_card(lab, folder, run_dir):
     file = write_pipeline(lab, folder, run_dir)
     said, (prepare, distil, evaluate) = submit(lab, file)
-    assert f"evaluate: job {evaluate.number}, after {distil.number}" in said.stdout
+    assert f"evaluate: job {evaluate.number}, afterok:{distil.number}" in said.stdout
     assert prepare.ended()["JobState"] == "COMPLETED", prepare.said()
     distil.wait_for_step(run_dir, 6)
     assert evaluate.facts()["JobState"] == "PENDING"
@@ -99,6 +99,8 @@ def test_a_stage_that_fails_cancels_those_after_it(lab, folder, run_dir):
     [
         ("--sedes 3", "", "--sedes"),
         ("--zero_shot allocine_fr:nowhere", "", "nowhere"),
+        ("--heldout /nowhere", "", "/nowhere does not exist"),
+        ("--split dev", "", "no rows of 'dev'"),
         ("", "--optim.lrr 1", "did you mean --optim.lr?"),
     ],
 )
@@ -111,9 +113,27 @@ def test_a_mistake_in_a_late_stage_is_told_before_anything_is_submitted(lab, fol
     assert lab.run("squeue", "--noheader", "--states=all").stdout.count("\n") == before.count("\n")
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("prepare+=(--input /nowhere.txt)", "/nowhere.txt does not exist"),
+        ("prepare+=(--tokenizer /nowhere)", "tokenizer folder /nowhere does not exist"),
+        ("distil=(--train.steps 3)", "sets distil, which is no stage"),
+        ("distil_sbatch=(--nodes=4)", "sets distil_sbatch, which is no stage"),
+        ("prepare=(--input", "is not bash"),
+    ],
+)
+def test_a_mistake_in_the_file_is_told(lab, folder, run_dir, line, told):
+    file = write_pipeline(lab, folder, run_dir)
+    file.write_text(f"{file.read_text()}\n{line}\n")
+    ended, jobs = submit(lab, file, check=False)
+    assert (ended.returncode, jobs) == (2, [])
+    assert told in ended.stderr
+
+
 def test_options_that_slurm_refuses_leave_nothing_behind(lab, folder, run_dir):
     file = write_pipeline(lab, folder, run_dir)
-    file.write_text(file.read_text() + "evaluate_sbatch=(--partition=nowhere)\n")
+    file.write_text(file.read_text() + "\nevaluate_sbatch=(--partition=nowhere)\n")
     ended, (prepare, distil) = submit(lab, file, check=False)
     assert ended.returncode == 2
     assert "Mend evaluate_sbatch" in ended.stderr
@@ -128,11 +148,27 @@ def test_a_file_that_is_not_there_or_empty_is_told(lab, folder):
     assert (ended.returncode, "has no stage" in ended.stderr) == (2, True)
 
 
-def test_an_evaluation_at_its_time_limit_goes_on_in_another_slice(lab, folder):
+def begin_evaluation(lab, folder):
+    """Its job and its folder: twelve fine-tunings of some seconds."""
     output = folder / "evaluation"
     words = (MINI / "teacher", "--tasks", "allocine_fr", "--data", folder / "data", "--output", output)
     words += ("--seeds", *range(12), "--epochs", "12")
-    job = lab.submit(*words, options=ONE_TASK, script="evaluate.sbatch")
+    return lab.submit(*words, options=ONE_TASK, script="evaluate.sbatch"), output
+
+
+def test_an_evaluation_that_has_finished_nothing_by_its_time_limit_is_not_requeued(lab, folder):
+    job, output = begin_evaluation(lab, folder)
+    job.wait_until(lambda: "launch/evaluate.py" in job.said(), "it has begun")
+    lab.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_until(lambda: "nothing was finished in this slice" in job.said(), "it says so")
+    assert not list(output.glob("tasks/*/*/*/result.json"))
+    job.wait_until(lambda: list(output.glob("tasks/*/*/*/result.json")), "it goes on meanwhile")
+    assert job.facts()["Restarts"] == "0"
+    lab.run("scancel", job.number)
+
+
+def test_an_evaluation_at_its_time_limit_goes_on_in_another_slice(lab, folder):
+    job, output = begin_evaluation(lab, folder)
     job.wait_until(lambda: len(list(output.glob("tasks/*/*/*/result.json"))) >= 1, "one is finished")
     lab.run("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_until(lambda: job.facts()["Restarts"] == "1", "it is requeued")

@@ -34,12 +34,12 @@ def test_a_file_declares_a_task(tmp_path):
     [
         (
             "kind: classification\ntexts: [text]\n",
-            "missing: target, metrics. Needed: kind, texts, target, metrics; where they are wanted labels, language",
+            "target is missing, metrics is missing. Needed: kind, texts, target, metrics; for classification and",
         ),
-        ("- kind\n", "came list"),
+        ("- kind\n", "names and values were to stand there"),
         ("kind: [", "cannot be read"),
         (OWN + "target: body\n", "['target'] written twice"),
-        (OWN + "colour: red\n", "unknown: colour; missing: none"),
+        (OWN + "colour: red\n", "colour is not known. Needed: kind"),
         (OWN.replace("classification", "sorting"), "kind=sorting"),
         (OWN.replace("accuracy", "bleu"), "metrics=['bleu'], needed some of accuracy"),
         (OWN.replace("[title, body]", "[a, b, c]"), "classification reads 1 or 2"),
