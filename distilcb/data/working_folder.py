@@ -35,7 +35,15 @@ def made_before(output: Path, content: str) -> Description | None:
             with suppress(OSError):
                 lock_file.unlink()
         return made
-    raise DataError(f"{output} is there and holds something else. Name another folder, or move it aside.")
+    raise DataError(f"{output} is there and holds something else{_held_by(output)}. Name another, or move it aside.")
+
+
+def _held_by(output: Path) -> str:
+    """What a folder of other blocks was made of and with, for messages."""
+    if not is_prepared(output):
+        return ""
+    made = read_description(output)
+    return f": {made.blocks:,} blocks of {made.seq_len} tokens of {made.documents:,} documents, by {made.tokenizer}"
 
 
 @contextmanager
