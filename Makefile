@@ -27,11 +27,11 @@ demo: $(INSTALLED)
 	$(BIN)/deepspeed launch/train.py $(ARGS)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slurm' --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m 'not slurm' --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --durations 30 $(ARGS)
 
 test-slurm: $(INSTALLED)
 	if [ "$$(id -u)" = 0 ] && ! command -v slurmctld >/dev/null; then tests/slurm/slurm_lab.sh install; fi
-	$(BIN)/python -m pytest tests/slurm $(ARGS)
+	$(BIN)/python -m pytest tests/slurm --durations 15 $(ARGS)
 
 torture: $(INSTALLED)
 	$(BIN)/python benchmarks/torture.py --kills 100 --ranks 4 --runs runs/torture --report docs/results/torture.md

@@ -52,32 +52,23 @@ def test_a_mistake_fails_the_job_with_one_message(lab):
     assert "nowhere.txt does not exist" in job.said()
 
 
-@pytest.fixture(scope="module")
-def long_text(lab):
-    """Text of many parts."""
-    text = lab.shared / "long.txt"
+def test_a_job_goes_on_after_its_time_limit_and_after_a_kill_with_the_same_line(lab):
+    text, output = lab.shared / "long.txt", lab.shared / "resumed"
     words = "".join(path.read_text(encoding="utf-8") for path in sorted((MINI / "text/train").glob("*.txt")))
-    text.write_text(words * 40, encoding="utf-8")
-    return text
+    text.write_text(words * 60, encoding="utf-8")
 
+    def finished_parts():
+        return len(list(lab.shared.glob(".resumed.*.tmp/*.json")))
 
-def test_a_job_at_its_time_limit_goes_on_in_another_slice(lab, long_text):
-    output = lab.shared / "sliced"
-    job = lab.submit(*words_for(output, long_text, part_megabytes="0.2"), options=TWO_NODES, script="prepare.sbatch")
-    job.wait_until(lambda: len(list(lab.shared.glob(".sliced.*.tmp/*.json"))) >= 2, "two parts are finished")
-    lab.run("scancel", "--batch", "--signal=USR1", job.number)
-    facts = job.ended()
-    assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", "1"), job.said()
-    assert "going on from there" in job.said()
-    assert len(Blocks(output)) == read_description(output).blocks
-
-
-def test_a_killed_job_goes_on_with_the_same_line(lab, long_text):
-    text, output = long_text, lab.shared / "resumed"
     first = lab.submit(*words_for(output, text, part_megabytes="0.2"), options=TWO_NODES, script="prepare.sbatch")
-    first.wait_until(lambda: len(list(lab.shared.glob(".resumed.*.tmp/*.json"))) >= 2, "two parts are finished")
+    first.wait_until(lambda: finished_parts() >= 2, "two parts are finished")
+    lab.run("scancel", "--batch", "--signal=USR1", first.number)
+    first.wait_until(lambda: first.facts()["Restarts"] == "1", "it is requeued")
+    kept = finished_parts()
+    first.wait_until(lambda: finished_parts() > kept, "it has gone on", seconds=180)
     lab.run("scancel", "--signal=KILL", first.number)
     assert first.ended()["JobState"] != "COMPLETED"
+    assert "going on from there" in first.said()
     assert not output.exists()
     second = lab.submit(*words_for(output, text, part_megabytes="0.2"), options=TWO_NODES, script="prepare.sbatch")
     assert second.ended()["JobState"] == "COMPLETED", second.said()
