@@ -62,7 +62,7 @@ def keep_freed_memory() -> None:
     if not hasattr(libc, "mallopt") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never: what one step frees at its end the next one asks for
 
 
 def quiet_accelerator_search() -> None:

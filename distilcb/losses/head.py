@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilcb.losses.logit_rows import LogitTerms, take_rows
+from distilcb.losses.logit_rows import LogitTerms, few_rows, take_rows
 
 # Bytes of one fp32 chunk of logits. On a CPU a chunk should stay near the caches, on a GPU it should fill the device.
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}
-
-# Bytes of fp32 that stay in a CPU's caches while they are used once more.
-CACHED_BYTES = 4 << 20
+CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 256 << 20}
 
 # Words whose decoder gradient is made at once on a CPU, so that no product as large as the decoder is held beside it.
 WORDS_AT_ONCE = 8192
@@ -56,9 +53,13 @@ class HeadSums:
     mse: Tensor
 
 
-def rows_per_chunk(vocab_size: int, device_type: str) -> int:
-    """Rows whose fp32 logits fill CHUNK_BYTES, at least 16."""
-    return max(16, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+def rows_per_chunk(vocab_size: int, device_type: str, rows: int | None = None) -> int:
+    """Rows whose fp32 logits fill CHUNK_BYTES, at least 16; or no more than share `rows` out evenly."""
+    most = max(16, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
+    if not rows:
+        return most
+    chunks = -(-rows // most)
+    return -(-rows // chunks)
 
 
 def streamed_head(
@@ -88,7 +89,8 @@ def streamed_head(
             chunks: those that are there are taken, the others made and left there. Together a tensor of soft rows x
             vocab. None: nothing is kept.
         soft_rows: kl and mse are taken on the first `soft_rows` rows; None: on all.
-        chunk_rows: rows a chunk; None: by CHUNK_BYTES. The result depends on it by rounding only.
+        chunk_rows: rows a chunk; None: by CHUNK_BYTES and the number of features, whichever terms there are. The result
+            depends on it by rounding only.
 
     Raises:
         ValueError: shapes that do not fit, or kl or mse without a teacher.
@@ -106,7 +108,7 @@ def streamed_head(
         coefficients,
         temperature,
         features.shape[0] if soft_rows is None else soft_rows,
-        chunk_rows or rows_per_chunk(weight.shape[0], features.device.type),
+        chunk_rows or rows_per_chunk(weight.shape[0], features.device.type, features.shape[0]),
         torch.is_grad_enabled(),
         teacher_logits,
     )
@@ -202,7 +204,8 @@ class _Stream:
             teacher = self._taught(start, soft)
         labels, wants = self.labels[start : min(stop, self.hard_rows)], self.pass_.wants_gradient
         scale = self._half_precision_scale(student, teacher) if wants else None
-        self.sums += take_rows(student, teacher, labels, self.terms, scale=scale, wants_gradient=wants)
+        columns = self.grad_bias if wants else None
+        self.sums += take_rows(student, teacher, labels, self.terms, scale=scale, wants_gradient=wants, columns=columns)
         if wants:
             self._carry_back(student, scale, start, stop)
 
@@ -221,9 +224,6 @@ class _Stream:
         back = _product(gradient, self.weight)
         self.grad_features[start:stop] = back if scale is None else back.div_(scale)
         self._add_weight_gradient(gradient, self.features[start:stop], scale)
-        if self.grad_bias is not None:
-            bias_gradient = _column_sums(gradient)
-            self.grad_bias += bias_gradient if scale is None else bias_gradient.div_(scale)
 
     def _add_weight_gradient(self, gradient: Tensor, features: Tensor, scale: Tensor | None) -> None:
         is_first = self.grad_weight is None
@@ -267,7 +267,7 @@ def _logits(features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tenso
 def _add_in_place(total: Tensor, addend: Tensor) -> None:
     """total += addend, of fp32 and any dtype; (rows, columns) each."""
     # On a CPU torch first writes a whole fp32 copy of a half-precision addend: a few rows' stays in the cache.
-    for part, more in zip(_few_rows(total), _few_rows(addend), strict=True):
+    for part, more in zip(few_rows(total), few_rows(addend), strict=True):
         part.add_(more)
 
 
@@ -277,21 +277,9 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     if gradient.dim() == 1:
         return torch.mul(gradient, factor, out=scaled)
     # A few rows at a time, as `_add_in_place`: torch makes a whole fp32 product first.
-    for part, out in zip(_few_rows(gradient), _few_rows(scaled), strict=True):
+    for part, out in zip(few_rows(gradient), few_rows(scaled), strict=True):
         torch.mul(part, factor, out=out)
     return scaled
-
-
-def _column_sums(matrix: Tensor) -> Tensor:
-    """(columns,) sums over the rows in fp32, of a matrix of any dtype."""
-    first, *rest = (part.sum(0, dtype=torch.float32) for part in _few_rows(matrix))
-    return sum(rest, first)
-
-
-def _few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
-    """The matrix in parts whose fp32 copies stay in a CPU's cache; on a GPU, which makes no copies, as it is."""
-    rows = CACHED_BYTES // (4 * matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
-    return matrix.split(max(1, rows))
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

@@ -29,9 +29,14 @@ def takes(student: Tensor, teacher: Tensor | None, labels: Tensor, scale: Tensor
 
 
 def take_rows_in_cpp(
-    student: Tensor, teacher: Tensor | None, labels: Tensor, terms: LogitTerms, wants_gradient: bool
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    terms: LogitTerms,
+    wants_gradient: bool,
+    columns: Tensor | None = None,
 ) -> Tensor:
-    """As `take_rows`, of what `takes` says yes to; sums do not depend on the number of threads.
+    """As `take_rows`, of what `takes` says yes to; its sums, other than the columns', do not depend on the threads.
 
     Raises:
         IndexError: labels that are none of the vocabulary.
@@ -40,7 +45,8 @@ def take_rows_in_cpp(
     soft_rows = 0 if teacher is None or not (terms.kl or terms.mse) else teacher.shape[0]
     hard_rows = labels.shape[0] if terms.mlm else 0
     threads = torch.get_num_threads()
-    space = torch.empty(threads, 3, vocab, device=student.device, dtype=torch.float32)
+    space = torch.empty(threads, 4, vocab, device=student.device, dtype=torch.float32)
+    column_sums = space[:, 3].zero_()
     by_row = torch.empty(rows, 3, device=student.device, dtype=torch.float32)
     other, labels = student if teacher is None else teacher, labels.contiguous()
     take = getattr(library(), _NAMES[student.dtype])
@@ -56,4 +62,6 @@ def take_rows_in_cpp(
     )
     if wrong:
         raise IndexError(f"{wrong} of {hard_rows} labels are not in a vocabulary of {vocab}")
+    if columns is not None:
+        columns += column_sums.sum(0)
     return by_row.sum(0)

@@ -1,8 +1,6 @@
 // distilcb.losses.logit_rows for a CPU: each row of logits read twice and its gradient written once.
 //
-// Plain C++ without torch's headers, which take half a minute to compile. Loops are written so that a compiler
-// vectorises them, and functions with loops are not inlined: gcc 12 then no longer does so, and a chunk takes three
-// times as long. distilcb/losses/logit_cpu.py calls it.
+// Plain C++ without torch's headers, which take half a minute to compile. distilcb/losses/logit_cpu.py calls it.
 
 #include <algorithm>
 #include <cmath>
@@ -12,8 +10,6 @@
 
 #include "../numbers.hpp"
 
-#define APART __attribute__((noinline))
-
 namespace {
 
 struct Terms {
@@ -22,36 +18,6 @@ struct Terms {
 
 // Columns whose sums are taken in fp32; those of all blocks are added up in fp64.
 constexpr int64_t BLOCK = 2048;
-
-// e^x for x <= 0, to 2 units in the last place: x = n ln 2 + r, and a polynomial for e^r, |r| <= ln 2 / 2 (its Taylor
-// series to r^7). Below -87 it stays at e^-87, 1.6e-38: there fp32's normal numbers end. NaN gives NaN.
-inline float exponential(float x) {
-    const float bounded = x < -87.0f ? -87.0f : x;
-    const float shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's last bits are n
-    const float n = shifted - 12582912.0f;
-    const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact
-    float sum = 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    sum = sum * r + 1.0f;
-    sum = sum * r + 1.0f;
-    const float power = from_bits((to_bits(shifted) + 127) << 23);
-    return sum * power;
-}
-
-template <class Number>
-APART float largest(const Number* row, int64_t vocab) {
-    float found = -INFINITY;
-#pragma omp simd reduction(max : found)
-    for (int64_t i = 0; i < vocab; ++i) {
-        const float value = row[i];
-        found = value > found ? value : found;
-    }
-    return found;
-}
 
 // exps[i] = e^((row[i] - top) factor), and their sum.
 template <class Number>
@@ -105,17 +71,20 @@ struct Gradient {
     }
 };
 
+// What is written is added to its column's sum.
 template <bool SOFT, bool MSE, bool HARD, class Number>
 APART void write(Number* student, const Number* teacher, const float* ours, const float* theirs, const float* plain,
-                 int64_t vocab, Gradient gradient) {
+                 int64_t vocab, Gradient gradient, float* columns) {
 #pragma omp simd
-    for (int64_t i = 0; i < vocab; ++i)
+    for (int64_t i = 0; i < vocab; ++i) {
         student[i].set(gradient.of<SOFT, MSE, HARD>(student[i], MSE ? float(teacher[i]) : 0.0f, SOFT ? ours[i] : 0.0f,
                                                     SOFT ? theirs[i] : 0.0f, HARD ? plain[i] : 0.0f));
+        columns[i] += student[i];
+    }
 }
 
-// One row. space: three times its length. teacher: nullptr where there is none; label: -1 likewise.
-// sums: kl, mlm, mse. student becomes the gradient.
+// One row. space: four times its length, of which the last holds the columns' sums. teacher: nullptr where there is
+// none; label: -1 likewise. sums: kl, mlm, mse. student becomes the gradient.
 template <class Number>
 void take_row(Number* student, const Number* teacher, int64_t label, int64_t vocab, Terms terms, bool wants_gradient,
               float* space, float* sums) {
@@ -151,10 +120,11 @@ void take_row(Number* student, const Number* teacher, int64_t label, int64_t voc
                            : write<false, false, true, Number>;
     else if (teacher)
         writer = mse ? write<true, true, false, Number> : write<true, false, false, Number>;
-    writer(student, teacher, ours, theirs, plain, vocab, gradient);
+    writer(student, teacher, ours, theirs, plain, vocab, gradient, space + 3 * vocab);
 }
 
-// Strides in numbers. space: (threads, 3, vocab). by_row: (rows, 3) sums. The teacher has the first soft_rows rows,
+// Strides in numbers. space: (threads, 4, vocab), the fourth zeros, to which each thread adds the gradients of its rows.
+// by_row: (rows, 3) sums. The teacher has the first soft_rows rows,
 // labels the first hard_rows. Returns how many labels are none of the vocabulary; if any, nothing is done.
 template <class Number>
 int64_t take_rows(Number* student, int64_t stride, const Number* teacher, int64_t teacher_stride,
@@ -166,7 +136,7 @@ int64_t take_rows(Number* student, int64_t stride, const Number* teacher, int64_
     for (int64_t row = 0; row < rows; ++row)
         take_row(student + row * stride, row < soft_rows ? teacher + row * teacher_stride : nullptr,
                  row < hard_rows ? labels[row] : -1, vocab, terms, wants_gradient,
-                 space + omp_get_thread_num() * 3 * vocab, by_row + 3 * row);
+                 space + omp_get_thread_num() * 4 * vocab, by_row + 3 * row);
     return 0;
 }
 

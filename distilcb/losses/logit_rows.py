@@ -18,6 +18,9 @@ from torch import Tensor
 # waking the threads does not count (512 rows of CamemBERT's vocabulary on two threads: 66 ms, 161 at a quarter of it).
 _BYTES_AT_ONCE = {"cpu": 2 << 20, "cuda": 64 << 20}
 
+# Bytes of fp32 that stay in a CPU's caches while they are used once more.
+_CACHED_BYTES = 4 << 20
+
 
 @dataclass(frozen=True)
 class LogitTerms:
@@ -41,6 +44,7 @@ def take_rows(
     *,
     scale: Tensor | None = None,
     wants_gradient: bool = True,
+    columns: Tensor | None = None,
 ) -> Tensor:
     """(3,) fp32 sums of kl, mlm and mse over the rows; `student` becomes the gradient where one is wanted.
 
@@ -50,16 +54,29 @@ def take_rows(
         labels: (hard,) int64 targets of the first rows, for mlm.
         scale: scalar fp32 on the device that the gradient is multiplied with before it is rounded; None: 1.
         wants_gradient: otherwise `student` stays as it is.
+        columns: (vocab,) fp32, to which the gradient's sums over the rows are added, without `scale`; None: not wanted.
     """
-    if student.is_cuda and _triton_is_here():
-        from distilcb.losses.logit_kernel import take_rows_in_kernel
-
-        return take_rows_in_kernel(student, teacher, labels, terms, scale, wants_gradient)
     from distilcb.losses import logit_cpu
 
     if logit_cpu.takes(student, teacher, labels, scale):
-        return logit_cpu.take_rows_in_cpp(student, teacher, labels, terms, wants_gradient)
-    return take_rows_vectorised(student, teacher, labels, terms, scale, wants_gradient)
+        return logit_cpu.take_rows_in_cpp(student, teacher, labels, terms, wants_gradient, columns)
+    if student.is_cuda and _triton_is_here():
+        from distilcb.losses.logit_kernel import take_rows_in_kernel
+
+        sums = take_rows_in_kernel(student, teacher, labels, terms, scale, wants_gradient)
+    else:
+        sums = take_rows_vectorised(student, teacher, labels, terms, scale, wants_gradient)
+    if columns is not None:
+        for part in few_rows(student):
+            summed = part.sum(0, dtype=torch.float32)
+            columns += summed if scale is None else summed.div_(scale)
+    return sums
+
+
+def few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    """The matrix in parts whose fp32 copies stay in a CPU's caches; on a GPU, which makes no copies, as it is."""
+    rows = _CACHED_BYTES // (4 * matrix.shape[1]) if matrix.device.type == "cpu" else len(matrix)
+    return matrix.split(max(1, rows))
 
 
 @cache

@@ -17,7 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-from distilcb.models.dropout import scale_of_kept, sign_dropped, softmax_backward
+from distilcb.models.dropout import scale_of_kept, sign_dropped, softmax_backward, softmax_in_place
 
 _ATTENTION = "distilcb_cpu"
 
@@ -161,4 +161,4 @@ def _weights(query: Tensor, key: Tensor, scaling: float, *, causal: bool = False
     scores = (query * scaling) @ key.transpose(-1, -2)
     if causal:
         scores += torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu_(1)
-    return torch.softmax(scores, -1, out=scores)
+    return softmax_in_place(scores)

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "../numbers.hpp"
 
@@ -28,7 +29,7 @@ inline float kept(float weight, float gradient) { return weight > 0 ? weight * g
 
 // gradient, by weight, becomes that by score: p (g - sum of p g), p the weight's size and g 0 where it was dropped.
 template <class Number>
-__attribute__((noinline)) void backward_of_row(Number* gradient, const Number* weights, int64_t length) {
+APART void backward_of_row(Number* gradient, const Number* weights, int64_t length) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < length; ++i) sum += kept(weights[i], gradient[i]);
@@ -44,6 +45,32 @@ void softmax_backward(Number* gradient, const Number* weights, int64_t rows, int
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t row = 0; row < rows; ++row)
         backward_of_row(gradient + row * length, weights + row * length, length);
+}
+
+// score becomes e^score over the sum of the row's; below -87 from the largest 0, as bf16 and fp32 hardly go further.
+template <class Number>
+APART void softmax_of_row(Number* scores, int64_t length, float* exps) {
+    const float top = largest(scores, length);
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < length; ++i) {
+        const float below = scores[i] - top, each = below < -87.0f ? 0.0f : exponential(below);
+        exps[i] = each;
+        sum += each;
+    }
+    const float factor = 1 / sum;
+#pragma omp simd
+    for (int64_t i = 0; i < length; ++i) scores[i].set(exps[i] * factor);
+}
+
+template <class Number>
+void softmax(Number* scores, int64_t rows, int64_t length, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> exps(length);
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row) softmax_of_row(scores + row * length, length, exps.data());
+    }
 }
 
 }  // namespace
@@ -84,4 +111,12 @@ extern "C" void distilcb_softmax_backward_bf16(void* gradient, const void* weigh
 extern "C" void distilcb_softmax_backward_fp32(void* gradient, const void* weights, int64_t rows, int64_t length,
                                                int threads) {
     softmax_backward(static_cast<Float32*>(gradient), static_cast<const Float32*>(weights), rows, length, threads);
+}
+
+extern "C" void distilcb_softmax_bf16(void* scores, int64_t rows, int64_t length, int threads) {
+    softmax(static_cast<BFloat16*>(scores), rows, length, threads);
+}
+
+extern "C" void distilcb_softmax_fp32(void* scores, int64_t rows, int64_t length, int threads) {
+    softmax(static_cast<Float32*>(scores), rows, length, threads);
 }

@@ -1,4 +1,4 @@
-"""Dropout's chance on a CPU, kept in signs, and the gradient of a softmax with it: C++ (dropout.cpp), or torch.
+"""A softmax on a CPU, dropout's chance kept in its signs, and the gradient of both: C++ (dropout.cpp), or torch.
 
 torch draws a Bernoulli number on a CPU in 6 to 12 ns. Here 64 random bits serve four numbers, and which bits is a
 function of one seed and the number's place, so that threads draw side by side and both ways draw the same.
@@ -18,7 +18,7 @@ from distilcb.native import library
 _CHOICES = 1 << 15
 _COUNT, _THREADS, _POINTER, _BITS = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint64
 _SIGN = {torch.bfloat16: "16_bits", torch.float16: "16_bits", torch.float32: "32_bits"}
-_BACKWARD = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+_ROWS = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): its step, and the shifts
 # and factors that mix a state.
 _STEP = 0x9E3779B97F4A7C15
@@ -52,6 +52,15 @@ def scale_of_kept(dropout: float) -> float:
     return _CHOICES / (_CHOICES - _drops(dropout))
 
 
+def softmax_in_place(scores: Tensor) -> Tensor:
+    """The softmax over the last dimension, in place of `scores`: contiguous, of any floating type."""
+    if softmax := _compiled("softmax", _ROWS.get(scores.dtype), [_POINTER, _COUNT, _COUNT, _THREADS]):
+        length = scores.shape[-1]
+        softmax(scores.data_ptr(), scores.numel() // length, length, torch.get_num_threads())
+        return scores
+    return torch.softmax(scores, -1, out=scores)
+
+
 def softmax_backward(by_weight: Tensor, weights: Tensor) -> Tensor:
     """The gradient with respect to scores; that with respect to weights may be overwritten.
 
@@ -60,7 +69,7 @@ def softmax_backward(by_weight: Tensor, weights: Tensor) -> Tensor:
         weights: its results, likewise, after `sign_dropped`.
     """
     arguments = [_POINTER, _POINTER, _COUNT, _COUNT, _THREADS]
-    if backward := _compiled("softmax_backward", _BACKWARD.get(weights.dtype), arguments):
+    if backward := _compiled("softmax_backward", _ROWS.get(weights.dtype), arguments):
         rows = (weights.numel() // weights.shape[-1], weights.shape[-1])
         backward(by_weight.data_ptr(), weights.data_ptr(), *rows, torch.get_num_threads())
         return by_weight

@@ -62,7 +62,7 @@ def memory(config: Config, sizes: Sizes, machine: Machine, *, micro_batch: int, 
     rows = micro_batch * config.data.seq_len
     soft, head_rows = _head_rows(config, rows)
     vocab, hidden = student.shape.vocab, student.shape.hidden
-    chunk = min(head_rows, rows_per_chunk(vocab, machine.device_type))
+    chunk = min(head_rows, rows_per_chunk(vocab, machine.device_type, head_rows))
     parts = {
         "student: weights": width * student.parameters,
         # DeepSpeed's, in fp32, sharded: master weights and Adam's two moments.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distilcb.models import dropout
-from distilcb.models.dropout import scale_of_kept, sign_dropped, softmax_backward
+from distilcb.models.dropout import scale_of_kept, sign_dropped, softmax_backward, softmax_in_place
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -74,6 +74,29 @@ def test_one_call_takes_one_number_of_torchs_generator(each_way):
     torch.empty((), dtype=torch.int64).random_()
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], torch.rand(2))
+
+
+@pytest.mark.parametrize("length", [1, 16, 37, 512])
+@pytest.mark.parametrize(("dtype", "error"), [(SINGLE, 1e-6), (HALF, 2**-8), (torch.float16, 2**-10)])
+def test_a_softmax_is_that_of_its_definition(each_way, dtype, error, length):
+    scores = 10 * torch.randn(3, 4, length, generator=torch.Generator().manual_seed(5)).to(dtype)
+    exact = torch.softmax(scores.double(), -1)
+    found = softmax_in_place(scores)
+    assert found.data_ptr() == scores.data_ptr()
+    torch.testing.assert_close(found.double(), exact, rtol=error, atol=2**-24)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_what_is_not_looked_at_has_no_share_at_all(each_way, dtype):
+    scores = torch.tensor([[0.0, -torch.inf, 0.0], [-3e38, 2.0, -torch.inf]], dtype=dtype)
+    assert softmax_in_place(scores).tolist() == [[0.5, 0, 0.5], [0, 1, 0]]
+
+
+def test_a_score_that_is_no_number_makes_its_row_none(each_way):
+    scores = torch.tensor([[0.0, torch.nan, 1.0], [0.0, 0.0, 0.0]])
+    found = softmax_in_place(scores)
+    assert found[0].isnan().all()
+    assert found[1].isfinite().all()
 
 
 def softmax_case(dtype, length=37):

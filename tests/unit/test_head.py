@@ -227,5 +227,12 @@ def test_wrong_shapes_are_refused():
 
 
 def test_chunks_fill_their_budget():
-    assert rows_per_chunk(32_005, "cpu") == (64 << 20) // (4 * 32_005)
+    most = (96 << 20) // (4 * 32_005)
+    assert rows_per_chunk(32_005, "cpu") == most
     assert rows_per_chunk(10**9, "cuda") == 16
+
+
+@pytest.mark.parametrize(("rows", "chunks"), [(1, [1]), (786, [786]), (787, [394, 393]), (2048, [683, 683, 682])])
+def test_rows_are_shared_out_evenly_to_as_few_chunks_as_can_be(rows, chunks):
+    step = rows_per_chunk(32_005, "cpu", rows)
+    assert [min(step, rows - start) for start in range(0, rows, step)] == chunks

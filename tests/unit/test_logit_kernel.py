@@ -114,6 +114,20 @@ def test_cpp_rounds_gradients_to_the_nearest(in_cpp):
     assert (rounded != precise.bfloat16()).float().mean() < 0.01
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pass_in_cpp_adds_up_the_columns_of_what_it_writes(in_cpp, dtype, threads):
+    student, teacher = (logits(rows, rows, dtype, 5000, "cpu") for rows in (ROWS, SOFT))
+    columns, before = torch.full((5000,), 2.0), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        in_cpp(student, teacher, torch.tensor([4, 0, 149]), TERMS[4], True, columns)
+    finally:
+        torch.set_num_threads(before)
+    assert student.abs().max() > 0.01
+    torch.testing.assert_close(columns.double(), 2 + student.double().sum(0), rtol=1e-6, atol=1e-5)
+
+
 def test_far_apart_logits_have_an_exact_kl_in_cpp(in_cpp):
     student, teacher = logits(ROWS, 1, device="cpu") + 150, logits(SOFT, 2, device="cpu")
     terms, labels = LogitTerms(kl=1.0, mlm=0.0, mse=0.0, temperature=1.0), torch.empty(0, dtype=torch.int64)
@@ -202,9 +216,11 @@ def test_the_compiled_pass_is_taken_where_it_can_be(in_cpp, monkeypatch, student
     monkeypatch.setattr(logit_cpu, "take_rows_in_cpp", lambda *asked: calls.append(1) or in_cpp(*asked))
     student, plain, labels = student.clone(), student.clone(), torch.tensor([3])
     wanted = take_rows_vectorised(plain, teacher, labels, TERMS[0], scale, True)
-    found = take_rows(student, teacher, labels, TERMS[0], scale=scale)
+    columns = torch.ones(student.shape[1])
+    found = take_rows(student, teacher, labels, TERMS[0], scale=scale, columns=columns)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(student, plain, rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(columns, 1 + student.float().sum(0) / (1 if scale is None else scale))
     assert bool(calls) == used
 
 
