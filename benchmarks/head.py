@@ -157,7 +157,7 @@ def _sizes(
     chunk = rows_per_chunk(vocab, device.type)
     return (
         f"KL on all tokens and cross-entropy on {MASKED:.0%} of them, hidden {HIDDEN}, vocabulary {vocab:,}, {dtype}, "
-        f"{chunk:,} rows a chunk; loss and gradients, median of {rounds} in turn (memory: 3).\n\n"
+        f"at most {chunk:,} rows a chunk; loss and gradients, median of {rounds} in turn (memory: 3).\n\n"
         + table(["", "ms", "speed, plain = 1", "peak MB beyond inputs", "memory, plain = 1"], rows)
     )
 

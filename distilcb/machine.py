@@ -56,7 +56,8 @@ def size_cpu_threads(world: World) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors free: given back and asked for again, as by default, every page is zeroed anew.
 
-    A step of the demo spent a third of its time on that. MALLOC_* variables and GLIBC_TUNABLES go first.
+    A step of the demo spent a third of its time on that. So what was used once stays with the process. MALLOC_*
+    variables and GLIBC_TUNABLES go first.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):

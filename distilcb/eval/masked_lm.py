@@ -95,7 +95,7 @@ def _batch_sums(
     student_rows = _features(student, family, batch)
     teacher_rows = None if teacher is None else _features(teacher.model, teacher.family, batch)
     weight, bias = family.decoder(student)
-    chunk = rows_per_chunk(weight.shape[0], weight.device.type)
+    chunk = rows_per_chunk(weight.shape[0], weight.device.type, batch.labels.numel())
     sums = torch.zeros(parts, len(_COLUMNS), dtype=torch.float64, device=weight.device)
     for start in range(0, batch.labels.numel(), chunk):
         rows = slice(start, start + chunk)

@@ -144,7 +144,7 @@ def _batches(shares: Sequence[Window], size: int) -> Iterator[list[Window]]:
 def _nll(model: Any, family: Family, hidden: Tensor, labels: Tensor) -> Tensor:
     weight, bias = family.decoder(model)
     features = family.head_features(model, hidden)
-    step = rows_per_chunk(weight.shape[0], weight.device.type)
+    step = rows_per_chunk(weight.shape[0], weight.device.type, len(labels))
     total = torch.zeros((), dtype=torch.float64, device=labels.device)
     for start in range(0, len(labels), step):
         logits = torch.nn.functional.linear(features[start : start + step], weight, bias).float()

@@ -54,7 +54,7 @@ class HeadSums:
 
 
 def rows_per_chunk(vocab_size: int, device_type: str, rows: int | None = None) -> int:
-    """Rows whose fp32 logits fill CHUNK_BYTES, at least 16; or no more than share `rows` out evenly."""
+    """Rows whose fp32 logits fill CHUNK_BYTES, at least 16; given `rows`, no more than share them out evenly."""
     most = max(16, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cuda"]) // (4 * vocab_size))
     if not rows:
         return most
@@ -218,6 +218,7 @@ class _Stream:
             return _logits(features[start : start + rows], weight, bias, self.teacher_logits)
         if start not in kept:
             kept[start] = _logits(features[start : start + rows], weight, bias, _logit_buffer(rows, weight))
+        assert len(kept[start]) == rows  # as all students cut the same features alike
         return kept[start]
 
     def _carry_back(self, gradient: Tensor, scale: Tensor | None, start: int, stop: int) -> None:

@@ -66,7 +66,7 @@ def take_rows(
         sums = take_rows_in_kernel(student, teacher, labels, terms, scale, wants_gradient)
     else:
         sums = take_rows_vectorised(student, teacher, labels, terms, scale, wants_gradient)
-    if columns is not None:
+    if columns is not None and wants_gradient:
         for part in few_rows(student):
             summed = part.sum(0, dtype=torch.float32)
             columns += summed if scale is None else summed.div_(scale)

@@ -1,4 +1,4 @@
-// distilcb.models.dropout for a CPU: what dropout and the softmax around it take, each number read once.
+// distilcb.models.dropout for a CPU: a softmax, dropout after it, and the gradient of both.
 //
 // Plain C++ without torch's headers, as logit_rows.cpp. distilcb/models/dropout.py calls it.
 

@@ -62,7 +62,8 @@ def memory(config: Config, sizes: Sizes, machine: Machine, *, micro_batch: int, 
     rows = micro_batch * config.data.seq_len
     soft, head_rows = _head_rows(config, rows)
     vocab, hidden = student.shape.vocab, student.shape.hidden
-    chunk = min(head_rows, rows_per_chunk(vocab, machine.device_type, head_rows))
+    # Not shared out evenly: the rows of a batch are about head_rows, and one more may make of two chunks' rows one's.
+    chunk = min(head_rows, rows_per_chunk(vocab, machine.device_type))
     parts = {
         "student: weights": width * student.parameters,
         # DeepSpeed's, in fp32, sharded: master weights and Adam's two moments.

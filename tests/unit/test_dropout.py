@@ -87,6 +87,19 @@ def test_a_softmax_is_that_of_its_definition(each_way, dtype, error, length):
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
+def test_a_softmax_in_cpp_does_not_depend_on_threads(with_native, monkeypatch, dtype):
+    monkeypatch.setattr(torch, "softmax", None)  # so that it is C++
+    scores = 10 * torch.randn(301, 37, generator=torch.Generator().manual_seed(5)).to(dtype)
+    threads, found = torch.get_num_threads(), []
+    for each in (1, 2, 3):
+        torch.set_num_threads(each)
+        found.append(softmax_in_place(scores.clone()))
+    torch.set_num_threads(threads)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
 def test_what_is_not_looked_at_has_no_share_at_all(each_way, dtype):
     scores = torch.tensor([[0.0, -torch.inf, 0.0], [-3e38, 2.0, -torch.inf]], dtype=dtype)
     assert softmax_in_place(scores).tolist() == [[0.5, 0, 0.5], [0, 1, 0]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distilcb.losses import reference
+from distilcb.losses import head, reference
 from distilcb.losses.head import HeadCoefficients, rows_per_chunk, streamed_head
 
 ROWS, LABELLED, HIDDEN, TEACHER_HIDDEN, VOCAB = 37, 9, 16, 24, 101
@@ -64,7 +64,7 @@ def relative_error(found, wanted):
 
 @pytest.mark.parametrize("soft_rows", [None, LABELLED], ids=["attended", "masked"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("chunk_rows", [1, 8, 64])
+@pytest.mark.parametrize("chunk_rows", [1, 8, 64, None])
 @pytest.mark.parametrize(
     "coefficients",
     [
@@ -75,7 +75,10 @@ def relative_error(found, wanted):
         HeadCoefficients(kl=5 / 2_000_000, mlm=2 / 300_000),
     ],
 )
-def test_streamed_head_equals_the_plain_one_in_loss_and_all_gradients(coefficients, chunk_rows, bias, soft_rows):
+def test_streamed_head_equals_the_plain_one_in_loss_and_all_gradients(
+    monkeypatch, coefficients, chunk_rows, bias, soft_rows
+):
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 1)  # where none is asked for, chunks of 13, 13 and 11 rows
     case = Case(bias=bias)
     loss, sums = case.streamed(coefficients, chunk_rows=chunk_rows, soft_rows=soft_rows)
     gradients = torch.autograd.grad(loss, case.leaves)

@@ -7,6 +7,7 @@ from distilcb.config import LossConfig
 from distilcb.engine import lessons as lessons_module
 from distilcb.engine.lessons import lessons
 from distilcb.engine.step_module import StepModule
+from distilcb.losses import head
 from distilcb.losses.triplet import Counts, coefficients
 from distilcb.models.families import family_of
 from distilcb.models.teacher import Teacher
@@ -78,10 +79,11 @@ def test_each_student_is_given_what_it_needs_and_nothing_else(teacher, batch):
     assert (len(given["masked rows"].features), len(given["published"].features)) == (12, 48)
 
 
-@pytest.mark.parametrize("keeps", [True, False])
+@pytest.mark.parametrize(("keeps", "chunk_bytes"), [(True, 1 << 20), (True, 1), (False, 1)])  # one chunk, or three
 def test_loss_and_gradients_are_those_of_a_lesson_of_ones_own_to_the_last_bit(
-    teacher, batch, tiny_model, monkeypatch, keeps
+    teacher, batch, tiny_model, monkeypatch, keeps, chunk_bytes
 ):
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", chunk_bytes)
     if not keeps:
         monkeypatch.setattr(lessons_module, "_MOST_KEPT_BYTES", 0)
     shared = lessons(teacher, list(OBJECTIVES.values()), batch)

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from distilcb.losses import logit_cpu, reference
+from distilcb.losses import logit_cpu, logit_rows, reference
 from distilcb.losses.logit_rows import LogitTerms, take_rows, take_rows_vectorised
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -222,6 +222,24 @@ def test_the_compiled_pass_is_taken_where_it_can_be(in_cpp, monkeypatch, student
     torch.testing.assert_close(student, plain, rtol=2**-7, atol=1e-6)
     torch.testing.assert_close(columns, 1 + student.float().sum(0) / (1 if scale is None else scale))
     assert bool(calls) == used
+
+
+@pytest.mark.parametrize("scale", [None, 256.0])
+def test_columns_of_a_pass_in_parts_are_those_of_all_rows(without_native, monkeypatch, scale):
+    monkeypatch.setattr(logit_rows, "_CACHED_BYTES", 2 * 4 * VOCAB)  # two rows a part
+    student, teacher, columns = logits(ROWS, 1, device="cpu"), logits(SOFT, 2, device="cpu"), torch.ones(VOCAB)
+    factor = None if scale is None else torch.tensor(scale)
+    take_rows(student, teacher, torch.tensor([3]), TERMS[0], scale=factor, columns=columns)
+    torch.testing.assert_close(columns, 1 + student.sum(0) / (scale or 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["with_native", "without_native"])
+def test_columns_stay_as_they_are_where_no_gradient_is_wanted(request, way):
+    request.getfixturevalue(way)
+    columns, labels = torch.ones(VOCAB), torch.tensor([3])
+    student, teacher = logits(ROWS, 1, device="cpu"), logits(SOFT, 2, device="cpu")
+    take_rows(student, teacher, labels, TERMS[0], wants_gradient=False, columns=columns)
+    assert torch.equal(columns, torch.ones(VOCAB))
 
 
 def test_kernel_leaves_the_logits_alone_where_no_gradient_is_wanted(kernel):
