@@ -56,14 +56,13 @@ def size_cpu_threads(world: World) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep what tensors free: given back and asked for again, as by default, every page is zeroed anew.
 
-    A step of the demo spent a third of its time on that. So what was used once stays with the process. MALLOC_*
-    variables and GLIBC_TUNABLES go first.
+    A step of the demo spent a third of its time on that. MALLOC_* variables and GLIBC_TUNABLES go first.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt") or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, -1)  # never: what one step frees at its end the next one asks for
+    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def quiet_accelerator_search() -> None:
