@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ SPLITS = ("train", "dev", "test")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 # JSON can spell these ("\\ud83d"), and no tokenizer takes one.
 _NO_CHARACTER = re.compile("[\ud800-\udfff]")
-_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+# On the hub; MNLI's rows to choose by are in two, and of what it was trained on is the first.
+_HUB_SPLITS = {"train": ("train",), "dev": ("validation", "validation_matched"), "test": ("test",)}
+# What published data sets call a field that they do not have by the task's name.
+_HUB_FIELDS = {"score": ("label", "similarity_score"), "tags": ("ner_tags",), "text": ("review",)}
+_HUB_LABELS = {"neg": "negative", "pos": "positive"}
 
 
 @dataclass(frozen=True)
@@ -79,19 +84,35 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _hub_rows(task: Task, name: HubDataset, split: str) -> Iterator[tuple[str, Row]]:
-    rows = replace(name, split=_HUB_SPLITS[split]).load()
+    rows, split = _loaded(name, _HUB_SPLITS[split])
+    for field in task.needed_fields:
+        there = [other for other in _HUB_FIELDS.get(field, ()) if other in rows.column_names]
+        if field not in rows.column_names and there:
+            rows = rows.rename_column(there[0], field)
     names = _class_names(rows.features.get(task.target))
     if names == [str(number) for number in range(len(names))]:
         names = []  # they say no more than the numbers
     for number, row in enumerate(rows, 1):
         if names:
             row = row | {task.target: _as_names(row[task.target], names)}
-        yield f"{name.name}, {_HUB_SPLITS[split]}, row {number}", row
+        yield f"{name.name}, {split}, row {number}", row
+
+
+def _loaded(name: HubDataset, splits: Sequence[str]) -> tuple[Any, str]:
+    """The first of these splits that there is, and its name."""
+    try:
+        return replace(name, split=splits[0]).load(), splits[0]
+    except DataError:
+        for other in splits[1:]:
+            with suppress(DataError):
+                return replace(name, split=other).load(), other
+        raise
 
 
 def _class_names(feature: Any) -> list[str]:
     """The names behind a data set's numbers, where it has some."""
-    return getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None) or []
+    names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None) or []
+    return [_HUB_LABELS.get(name, name) for name in names]
 
 
 def _as_names(value: Any, names: Sequence[str]) -> Any:

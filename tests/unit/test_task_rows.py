@@ -101,6 +101,89 @@ def test_a_row_without_words_is_refused(tmp_path):
         write(tmp_path, "test", [{"tokens": [], "tags": []}]).read(TASKS["ner_fr"], "test")
 
 
+def on_the_hub(folder, rows, *, split="validation", **columns):
+    """A data set in a local folder, which stands for one of the hub: text but for what `columns` says."""
+    import datasets
+
+    features = {name: columns.get(name, datasets.Value("string")) for name in rows[0]}
+    made = datasets.Dataset.from_list(rows, features=datasets.Features(features))
+    folder.mkdir(exist_ok=True)
+    made.to_parquet(folder / f"{split}.parquet")
+    return TaskRows(f"hub:{folder}")
+
+
+NOT_DUPLICATE = ("not_duplicate", "duplicate")
+# As nyu-mll/glue and facebook/xnli have them on the hub: names of the numbers, the fields of a row, its number.
+PUBLISHED = {
+    "mnli": (("entailment", "neutral", "contradiction"), ("premise", "hypothesis"), 2),
+    "qnli": (("entailment", "not_entailment"), ("question", "sentence"), 1),
+    "qqp": (NOT_DUPLICATE, ("question1", "question2"), 1),
+    "rte": (("entailment", "not_entailment"), ("sentence1", "sentence2"), 0),
+    "wnli": (("not_entailment", "entailment"), ("sentence1", "sentence2"), 1),
+    "mrpc": (("not_equivalent", "equivalent"), ("sentence1", "sentence2"), 1),
+    "sst2": (("negative", "positive"), ("sentence",), 1),
+    "cola": (("unacceptable", "acceptable"), ("sentence",), 0),
+    "xnli_en": (("entailment", "neutral", "contradiction"), ("premise", "hypothesis"), 0),
+    "xnli_de": (("entailment", "neutral", "contradiction"), ("premise", "hypothesis"), 1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_rows_of_the_hub_are_read_as_they_are(tmp_path, name):
+    import datasets
+
+    labels, texts, number = PUBLISHED[name]
+    split = "validation_matched" if name == "mnli" else "validation"
+    row = {text: f"{text}, un texte" for text in texts} | {"idx": "7", "label": number}
+    rows = on_the_hub(tmp_path / "set", [row] * 2, split=split, label=datasets.ClassLabel(names=list(labels)))
+    found = rows.read(TASKS[name], "dev")
+    assert found == [{text: row[text] for text in texts} | {"label": number}] * 2
+    assert TASKS[name].labels == labels
+
+
+@pytest.mark.parametrize("field", ["label", "similarity_score", "score"])
+def test_likeness_is_read_under_the_names_that_the_hub_has_for_it(tmp_path, field):
+    """nyu-mll/glue says label, PhilipMay/stsb_multi_mt similarity_score."""
+    import datasets
+
+    row = {"sentence1": "a", "sentence2": "b", field: 3.8}
+    rows = on_the_hub(tmp_path / "set", [row], **{field: datasets.Value("float64")})
+    assert rows.read(TASKS["stsb_fr"], "dev") == [{"sentence1": "a", "sentence2": "b", "score": 3.8}]
+
+
+def test_names_and_reviews_are_read_under_the_names_that_the_hub_has_for_them(tmp_path):
+    """unimelb-nlp/wikiann says ner_tags, tblard/allocine review."""
+    import datasets
+
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]))
+    row = {"tokens": ["Marie", "vit", "à", "Lyon"], "ner_tags": [1, 0, 0, 5], "langs": "fr"}
+    rows = on_the_hub(tmp_path / "names", [row], tokens=datasets.Sequence(datasets.Value("string")), ner_tags=tags)
+    assert rows.read(TASKS["wikiann_fr"], "dev") == [{"tokens": row["tokens"], "tags": [1, 0, 0, 5]}]
+    review = {"review": "Très bon.", "label": 1}
+    rows = on_the_hub(tmp_path / "set", [review], label=datasets.ClassLabel(names=["neg", "pos"]))
+    assert rows.read(TASKS["allocine_fr"], "dev") == [{"text": "Très bon.", "label": 1}]
+
+
+def test_a_split_that_the_hub_does_not_have_is_named(tmp_path):
+    rows = on_the_hub(tmp_path / "set", [{"sentence": "a", "label": "positive"}], split="train")
+    assert len(rows.read(TASKS["sst2"], "train")) == 1
+    with pytest.raises(DataError, match=r"set::validation cannot be loaded"):
+        rows.read(TASKS["sst2"], "dev")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "wanted"),
+    [
+        ("cls_fr", {"text": "Un livre.", "label": "positive"}, {"text": "Un livre.", "label": 1}),
+        ("wikiner_fr", NAMES, {"tokens": ["Marie", "Curie"], "tags": [1, 2]}),
+        ("squad", QUESTION, {name: QUESTION[name] for name in ("question", "context", "answers")}),
+        ("fquad", QUESTION, {name: QUESTION[name] for name in ("question", "context", "answers")}),
+    ],
+)
+def test_rows_of_ones_own_files_are_read_for_what_the_hub_does_not_hold(tmp_path, name, row, wanted):
+    assert write(tmp_path, "test", [row]).read(TASKS[name], "test") == [wanted]
+
+
 def test_labels_of_the_hub_that_are_digits_are_numbers(tmp_path):
     import datasets
 
