@@ -11,7 +11,7 @@ from distilcb.errors import ConfigError, ModelError, first_line, writing
 from distilcb.eval.report import as_markdown
 from distilcb.export.model_card import with_results, with_sections
 from distilcb.finetune.evaluation import TEACHER
-from distilcb.finetune.evaluation_report import mean_of, share_of
+from distilcb.finetune.evaluation_report import mean_of, rows_learnt, share_of
 from distilcb.models.loading import load_config
 from distilcb.tasks.declarations import Task
 
@@ -91,9 +91,10 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
         rows.append(row + ([str(published.get(task, "–"))] if published else []))
     recipe = made["recipe"]
     seeds = sorted({len(found["models"][name]["seeds"]) for found in made["tasks"].values()})
+    over = "Of one seed" if seeds == [1] else f"Mean ± standard deviation over {' to '.join(map(str, seeds))} seeds"
     note = (
-        f"Mean ± standard deviation over {' to '.join(map(str, seeds))} seeds, in hundredths; {recipe['epochs']:g} "
-        f"epochs, batches of {recipe['batch']}, learning rate {recipe['lr']:g}."
+        f"{over}, in hundredths; passes over the rows: {recipe['epochs']:g}, batches of {recipe['batch']}, "
+        f"learning rate {recipe['lr']:g}. " + " ".join(_rows_of(task, found) for task, found in made["tasks"].items())
     )
     if published:
         note += (
@@ -103,21 +104,29 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     return f"{as_markdown(rows)}\n\n{note}"
 
 
+def _rows_of(task: str, found: Mapping[str, Any]) -> str:
+    read = next(iter(found["read"].values()))
+    return f"{task}: trained on {rows_learnt(found)}, measured on {read['heldout']['rows']:,} of {read['split']}."
+
+
 def _is_like_distilcamembert(model: str) -> bool:
     config = load_config(model)
     return (config.model_type, config.num_hidden_layers, config.hidden_size) == ("camembert", 6, 768)
 
 
 def _results(name: str, made: Mapping[str, Any], tasks: Mapping[str, Task]) -> list[EvalResult]:
+    """For the hub, which ranks by them: without tries on a task's first rows."""
     return [
         EvalResult(
             task_type=_HUB_TASKS[tasks[task].kind],
             dataset_type=task,
             dataset_name=task,
+            dataset_split=next(iter(found["read"].values()))["split"],
             metric_type=_HUB_METRICS.get(found["metric"], "f1"),
             metric_name=f"{found['metric'].replace('_', ' ')}, mean over seeds",
             metric_value=round(found["models"][name]["mean"][found["metric"]], 2),
         )
         for task, found in made["tasks"].items()
         if found["metric"] in found["models"][name]["mean"]
+        and not next(iter(found["read"].values())).get("first_rows_only")
     ]

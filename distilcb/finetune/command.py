@@ -93,6 +93,8 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
         UserError: options that do not go together, data or models that cannot be used.
     """
     arms = check_options(options)
+    if not (options.soft_targets or options.teacher or options.teacher_base):
+        log.info("neither --teacher nor --teacher_base is named: the student learns from the labels alone")
     if not uses_cuda():
         size_cpu_threads(discover())
         keep_freed_memory()

@@ -97,7 +97,7 @@ def check_options(options: argparse.Namespace) -> None:
             "sbatch --ntasks-per-node=1 --gres=gpu:1"
         )
     if options.card and not (options.tasks or options.speed):
-        faults.append("--card is filled from --tasks or --speed")
+        faults.append("--card is filled from --tasks or --speed: add one of them, or leave --card out")
     if options.lengths and not options.speed:
         faults.append("--lengths is of --speed")
     if options.seeds and len(set(options.seeds)) < len(options.seeds):

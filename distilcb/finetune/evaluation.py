@@ -206,6 +206,7 @@ class Evaluation:
         settings = {
             "declared": asdict(asked.task),
             "content": first.content,
+            "train_rows": self.train_rows,
             "split": first.facts["split"],
             "max_length": first.facts["max_length"],
             "stride": self.stride,

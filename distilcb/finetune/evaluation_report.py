@@ -131,7 +131,7 @@ def _retained(made: Mapping[str, Any]) -> list[str]:
         rows.append([f"{name}, above the floor", *(_percent(each and each["above_floor"]) for each in shares)])
     note = (
         f"The model's mean over the teacher's, with its {CONFIDENCE:.0%} interval over seeds; then the same "
-        "with what is had without pre-training taken from both."
+        "with what is had without pre-training taken from both (–: the teacher has no more than that)."
     )
     return [table(rows), note]
 
@@ -158,9 +158,14 @@ def _details(task: str, found: Mapping[str, Any]) -> str:
     ]
     read = next(iter(found["read"].values()))
     cut = ", ".join(f"{value:,} {_words(key)}" for key, value in read["heldout"].items())
-    return "\n\n".join(
-        [table(rows), f"Measured on {read['split']}: {cut}; {read['max_length']} tokens at most.", *diverged]
-    )
+    measured = f"measured on {read['split']}: {cut}; {read['max_length']} tokens at most."
+    return "\n\n".join([table(rows), f"Trained on {rows_learnt(found)}, {measured}", *diverged])
+
+
+def rows_learnt(found: Mapping[str, Any]) -> str:
+    """How many rows a task's models were trained on, and whether there were more."""
+    read = next(iter(found["read"].values()))
+    return f"{read['train']['rows']:,} rows" + (" (the first ones only)" if read.get("first_rows_only") else "")
 
 
 def _words(name: str) -> str:

@@ -113,7 +113,10 @@ def _check_labels(config: Any, task: Task, name: str) -> None:
     if not task.labels:
         needed = 2 if task.kind == "question_answering" else 1
         if len(found) != needed:
-            raise ModelError(f"teacher {name} has {len(found)} outputs, task {task.name} needs {needed}.")
+            raise ModelError(
+                f"teacher {name} has {len(found)} outputs, task {task.name} needs {needed}. Give one that has been "
+                "fine-tuned on it, or name the model as --teacher_base to have it fine-tuned here."
+            )
         return
     unnamed = [f"LABEL_{number}" for number in range(len(task.labels))]
     if found == unnamed:

@@ -158,8 +158,17 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     there, now = flatten(read_json(path)), flatten(plain)
     names = [name for name in now | there if now.get(name) != there.get(name)]
     if names:
-        faults = ", ".join(f"{name} {there.get(name)!r} there, {now.get(name)!r} now" for name in names)
-        raise ConfigError(f"{path.parent} holds results of other settings ({faults}). Name another --output.")
+        hashes = [name for name in names if name.split(".")[-1] == "content" or name.startswith("models.")]
+        told = [f"{name} {there.get(name)!r} there, {now.get(name)!r} now" for name in names if name not in hashes]
+        told = told or [_other_content(name) for name in hashes]
+        raise ConfigError(f"{path.parent} holds results of other settings ({', '.join(told)}). Name another --output.")
+
+
+def _other_content(name: str) -> str:
+    """What a hash that differs says in words."""
+    if name == "content":
+        return "the rows or files of that name differ"
+    return f"the files of {name.removeprefix('models.').removesuffix('.content')} differ"
 
 
 def write_json(path: Path, facts: dict[str, Any]) -> None:

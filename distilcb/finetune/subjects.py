@@ -93,6 +93,7 @@ class LabelledTask:
         self.training_rows, figures_of = training, {split: self.heldout.figures}
         self.content = _hash_of(json.dumps([training, self.heldout.rows], ensure_ascii=False).encode())
         self.facts = {"split": split, "max_length": max_length, "heldout": self.heldout.figures}
+        self.facts["first_rows_only"] = train_rows is not None and len(training) == train_rows
         if training:
             encoded = encode(training, task, self.tokenizer, **lengths)
             self.data = encoded.features

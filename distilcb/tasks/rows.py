@@ -19,7 +19,7 @@ SPLITS = ("train", "dev", "test")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 # JSON can spell these ("\\ud83d"), and no tokenizer takes one.
 _NO_CHARACTER = re.compile("[\ud800-\udfff]")
-# On the hub; MNLI's rows to choose by are in two, and of what it was trained on is the first.
+# On the hub; MNLI has two of the second kind, and the first is of the genres that it is trained on.
 _HUB_SPLITS = {"train": ("train",), "dev": ("validation", "validation_matched"), "test": ("test",)}
 # What published data sets call a field that they do not have by the task's name.
 _HUB_FIELDS = {"score": ("label", "similarity_score"), "tags": ("ner_tags",), "text": ("review",)}
@@ -62,7 +62,9 @@ class TaskRows:
         path = self._file(split)
         if path is None:
             names = ", ".join(f"{split}{suffix}" for suffix in _SUFFIXES)
-            raise DataError(f"{self.source}: no rows of '{split}'. Needed: a folder with {names}, or hub:NAME.")
+            within = Path(self.source) / task.name
+            hint = f" There is {within}: is it meant?" if within.is_dir() else ""
+            raise DataError(f"{self.source}: no rows of '{split}'. Needed: a folder with {names}, or hub:NAME.{hint}")
         return _file_rows(path)
 
     def _file(self, split: str) -> Path | None:

@@ -136,7 +136,9 @@ def test_other_settings_or_another_model_of_that_name_are_refused(commands, eval
     assert_refused(commands.python("evaluate", *words, "--lr", 1e-4), "recipe.lr 0.003 there, 0.0001 now")
     kept = json.loads((output / "tasks" / "ner_fr" / "teacher" / "settings.json").read_text())
     (output / "tasks" / "ner_fr" / "teacher" / "settings.json").write_text(json.dumps({"content": "another"}))
-    assert_refused(commands.python("evaluate", *words), "content 'another' there", "Name another --output")
+    assert_refused(
+        commands.python("evaluate", *words), "the rows or files of that name differ", "Name another --output"
+    )
     (output / "tasks" / "ner_fr" / "teacher" / "settings.json").write_text(json.dumps(kept))
 
 

@@ -21,6 +21,14 @@ def made():
     """As tasks/results.json holds it."""
     results = {"teacher": seeds(80.0, 82.0), "student": seeds(70.0, 74.0)}
     found = summary_of_task(results, ("accuracy", "macro_f1"), {"accuracy": 50.0}, teacher="teacher")
+    read = {
+        "split": "test",
+        "max_length": 128,
+        "heldout": {"rows": 2010},
+        "train": {"rows": 4992},
+        "first_rows_only": False,
+    }
+    found["read"] = {"teacher": read, "student": read}
     recipe = {"epochs": 3.0, "batch": 8, "lr": 5e-5}
     return {"models": dict.fromkeys(results, ""), "recipe": recipe, "tasks": {"xnli_fr": found}}
 
@@ -58,11 +66,22 @@ def test_what_was_found_is_in_the_card_and_its_front_matter(folder, made):
     assert "| xnli_fr | accuracy | 72.00 ± 2.83 | 81.00 ± 1.41 | 88.9% (" in text
     assert "published" not in text  # a tiny model is no DistilCamemBERT
     assert text.index("## Size and speed") < text.index("## Settings")
+    assert "over 2 seeds" in text
+    assert "xnli_fr: trained on 4,992 rows, measured on 2,010 of test." in text
     front = yaml.safe_load(text.split("---\n")[1])
     (result,) = front["model-index"][0]["results"]
     assert result["task"]["type"] == "text-classification"
     assert result["metrics"][0] == {"type": "accuracy", "value": 72.0, "name": "accuracy, mean over seeds"}
+    assert result["dataset"] == {"name": "xnli_fr", "type": "xnli_fr", "split": "test"}
     assert front["pipeline_tag"] == "fill-mask"
+
+
+def test_a_try_on_the_first_rows_says_so_and_is_not_told_to_the_hub(folder, made):
+    made["tasks"]["xnli_fr"]["read"]["teacher"] |= {"train": {"rows": 60}, "first_rows_only": True}
+    text = fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8")
+    assert "xnli_fr: trained on 60 rows (the first ones only), measured on 2,010 of test." in text
+    assert "| xnli_fr | accuracy | 72.00" in text
+    assert "72.0" not in text.split("---\n")[1]
 
 
 def test_a_student_of_distilcamemberts_size_has_the_published_row_beside_its_own(folder, made, tiny_model):

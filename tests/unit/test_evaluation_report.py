@@ -31,7 +31,9 @@ def found():
 
 
 def made_of(**tasks):
-    read = {"teacher": {"split": "test", "max_length": 128, "heldout": {"rows": 9, "cut_rows": 2}}}
+    read = {
+        "teacher": {"split": "test", "max_length": 128, "heldout": {"rows": 9, "cut_rows": 2}, "train": {"rows": 30}}
+    }
     return {
         "models": dict.fromkeys(RESULTS, "folder"),
         "tasks": {name: each | {"floor_is": "words", "read": read} for name, each in tasks.items()},
@@ -101,7 +103,7 @@ def test_tables_name_every_task_metric_and_model(found):
     assert "| runs/student, above the floor | 68.8% | 68.8% |" in page
     assert "| lost | – | – |" in page
     assert "| runs/student | 72.00 ± 2.83 | 71.00 ± 2.83 | 2 |" in page
-    assert "Measured on test: 9 rows, 2 cut rows; 128 tokens at most." in page
+    assert "Trained on 30 rows, measured on test: 9 rows, 2 cut rows; 128 tokens at most." in page
 
 
 def test_zero_shot_figures_are_told_apart(found):

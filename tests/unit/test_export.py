@@ -330,8 +330,15 @@ def run_folder(tmp_path):
 
 
 def test_a_folder_without_config_is_no_run_folder(tmp_path):
-    with pytest.raises(CheckpointError, match=r"is no run folder: it has no config\.yaml"):
+    with pytest.raises(CheckpointError, match=r"is no run folder: it has no config\.yaml\.$"):
         train_export.export_run(tmp_path, step=None, output=tmp_path / "output")
+
+
+def test_the_runs_within_a_folder_are_named_and_a_folder_that_is_not_there_is_called_so(run_folder, tmp_path):
+    with pytest.raises(CheckpointError, match=rf"no config\.yaml\. Give one of those in it: {run_folder.path}\.$"):
+        train_export.export_run(tmp_path, step=None, output=tmp_path / "output")
+    with pytest.raises(CheckpointError, match=r"runs/shrt does not exist\. Give the folder of a run"):
+        train_export.export_run(tmp_path / "runs" / "shrt", step=None, output=tmp_path / "output")
 
 
 def test_an_output_that_is_there_is_refused(run_folder, tmp_path):

@@ -202,6 +202,12 @@ def test_a_split_that_is_not_there_says_where_it_was_looked_for(tmp_path):
         TaskRows(str(tmp_path)).read(TASKS["allocine_fr"], "dev")
 
 
+def test_a_folder_of_tasks_in_place_of_a_tasks_own_is_told(tmp_path):
+    (tmp_path / "allocine_fr").mkdir()
+    with pytest.raises(DataError, match=r"no rows of 'dev'.* There is .*/allocine_fr: is it meant\?"):
+        TaskRows(str(tmp_path)).read(TASKS["allocine_fr"], "dev")
+
+
 def test_an_empty_split_has_no_rows(tmp_path):
     with pytest.raises(DataError, match="train: no rows"):
         write(tmp_path, "train", [""]).read(TASKS["allocine_fr"], "train")

@@ -1,0 +1,29 @@
+"""A folder of fine-tunings and the settings that its results are of."""
+
+import pytest
+
+from distilcb.errors import ConfigError
+from distilcb.finetune.runs import check_settings
+
+SETTINGS = {"content": "0a1b", "train_rows": 60, "models": {"runs/a": "2c3d"}, "recipe": {"lr": 5e-5}}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"recipe": {"lr": 1e-4}}, "(recipe.lr 5e-05 there, 0.0001 now)"),
+        ({"content": "other", "train_rows": 80}, "(train_rows 60 there, 80 now)"),
+        ({"content": "other"}, "(the rows or files of that name differ)"),
+        ({"models": {"runs/a": "other"}}, "(the files of runs/a differ)"),
+    ],
+)
+def test_results_of_other_settings_are_refused_without_hashes_that_say_nothing(tmp_path, change, told):
+    path = tmp_path / "a_task" / "settings.json"
+    check_settings(path, SETTINGS)
+    check_settings(path, SETTINGS)
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match="a_task holds results of other settings") as refused:
+        check_settings(path, SETTINGS | change)
+    assert told in str(refused.value)
+    assert "Name another --output." in str(refused.value)
+    assert path.read_bytes() == before
