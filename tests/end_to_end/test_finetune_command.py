@@ -115,7 +115,11 @@ def test_later_seeds_join_the_earlier_ones_and_changed_rows_do_not(commands, stu
     assert sorted(results(tmp_path / "out")["results"]["without"]) == ["0", "2"]
     rows = data / "train.jsonl"
     rows.write_text(rows.read_text(encoding="utf-8").replace('"label": 1', '"label": 0', 1), encoding="utf-8")
-    assert_refused(commands.python("finetune", *words, "--seeds", 3), "content", "Name another --output")
+    assert_refused(
+        commands.python("finetune", *words, "--seeds", 3),
+        "the rows or files of that name differ",
+        "Name another --output",
+    )
 
 
 def test_a_teacher_that_was_fine_tuned_here_serves_another_start(commands, compared, student, tmp_path):
