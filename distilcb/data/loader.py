@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,9 +44,18 @@ class Batch:
         """A copy in page-locked memory (DataLoader calls it)."""
         return self._with(Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """From a worker as plain numbers: torch would pass on a descriptor of shared memory for each tensor."""
+        tensors = (self.input_ids, self.labels, self.labelled_rows, self.other_rows)
+        return _batch_of, ([tensor.numpy() for tensor in tensors], self.label_factor)
+
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors = (self.input_ids, self.labels, self.labelled_rows, self.other_rows)
         return Batch(*map(change, tensors), label_factor=self.label_factor)
+
+
+def _batch_of(arrays: list[np.ndarray], label_factor: float) -> Batch:
+    return Batch(*map(torch.from_numpy, arrays), label_factor=label_factor)
 
 
 @dataclass(frozen=True)

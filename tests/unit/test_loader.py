@@ -1,5 +1,6 @@
 """A rank's share of a global batch: the same samples with the same masks, however the batch is cut."""
 
+import multiprocessing.reduction
 import pickle
 
 import numpy as np
@@ -250,6 +251,13 @@ def test_worker_processes_change_nothing(prepared):
     alone, helped = load(data, 2, 12), load(data, 2, 12, workers=2)
     for one, other in zip(alone, helped, strict=True):
         assert_same(one, other)
+
+
+def test_a_batch_from_a_worker_comes_through_the_pipe_with_no_shared_memory():
+    batch = micro_batches(Cut(global_batch=4, micro_batch=4, rank=0, world_size=1))[0]
+    sent = bytes(multiprocessing.reduction.ForkingPickler.dumps(batch))
+    assert len(sent) > batch.input_ids.numel() * 8  # the numbers themselves, no descriptor of them
+    assert_same(pickle.loads(sent), batch)
 
 
 def test_micro_batches_can_be_sent_to_a_process_that_is_not_a_fork(prepared):
