@@ -46,12 +46,14 @@ class Batch:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """From a worker as plain numbers: torch would pass on a descriptor of shared memory for each tensor."""
-        tensors = (self.input_ids, self.labels, self.labelled_rows, self.other_rows)
-        return _batch_of, ([tensor.numpy() for tensor in tensors], self.label_factor)
+        return _batch_of, ([tensor.numpy() for tensor in self._tensors], self.label_factor)
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.input_ids, self.labels, self.labelled_rows, self.other_rows
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        tensors = (self.input_ids, self.labels, self.labelled_rows, self.other_rows)
-        return Batch(*map(change, tensors), label_factor=self.label_factor)
+        return Batch(*map(change, self._tensors), label_factor=self.label_factor)
 
 
 def _batch_of(arrays: list[np.ndarray], label_factor: float) -> Batch:

@@ -11,7 +11,7 @@ from distilcb.errors import ConfigError, ModelError, first_line, writing
 from distilcb.eval.report import as_markdown
 from distilcb.export.model_card import with_results, with_sections
 from distilcb.finetune.evaluation import TEACHER
-from distilcb.finetune.evaluation_report import mean_of, rows_learnt, share_of
+from distilcb.finetune.evaluation_report import mean_of, read_by_all, rows_learnt, share_of
 from distilcb.models.loading import load_config
 from distilcb.tasks.declarations import Task
 
@@ -105,7 +105,7 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
 
 
 def _rows_of(task: str, found: Mapping[str, Any]) -> str:
-    read = next(iter(found["read"].values()))
+    read = read_by_all(found)
     return f"{task}: trained on {rows_learnt(found)}, measured on {read['heldout']['rows']:,} of {read['split']}."
 
 
@@ -121,12 +121,11 @@ def _results(name: str, made: Mapping[str, Any], tasks: Mapping[str, Task]) -> l
             task_type=_HUB_TASKS[tasks[task].kind],
             dataset_type=task,
             dataset_name=task,
-            dataset_split=next(iter(found["read"].values()))["split"],
+            dataset_split=read_by_all(found)["split"],
             metric_type=_HUB_METRICS.get(found["metric"], "f1"),
             metric_name=f"{found['metric'].replace('_', ' ')}, mean over seeds",
             metric_value=round(found["models"][name]["mean"][found["metric"]], 2),
         )
         for task, found in made["tasks"].items()
-        if found["metric"] in found["models"][name]["mean"]
-        and not next(iter(found["read"].values())).get("first_rows_only")
+        if found["metric"] in found["models"][name]["mean"] and not read_by_all(found).get("first_rows_only")
     ]

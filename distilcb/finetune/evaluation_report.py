@@ -156,15 +156,21 @@ def _details(task: str, found: Mapping[str, Any]) -> str:
         for name, each in found["models"].items()
         if each["diverged"]
     ]
-    read = next(iter(found["read"].values()))
+    read = read_by_all(found)
     cut = ", ".join(f"{value:,} {_words(key)}" for key, value in read["heldout"].items())
     measured = f"measured on {read['split']}: {cut}; {read['max_length']} tokens at most."
     return "\n\n".join([table(rows), f"Trained on {rows_learnt(found)}, {measured}", *diverged])
 
 
+def read_by_all(found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was read of a task's rows, the same for each of its models."""
+    read: Mapping[str, Any] = next(iter(found["read"].values()))
+    return read
+
+
 def rows_learnt(found: Mapping[str, Any]) -> str:
     """How many rows a task's models were trained on, and whether there were more."""
-    read = next(iter(found["read"].values()))
+    read = read_by_all(found)
     return f"{read['train']['rows']:,} rows" + (" (the first ones only)" if read.get("first_rows_only") else "")
 
 

@@ -124,8 +124,8 @@ void take_row(Number* student, const Number* teacher, int64_t label, int64_t voc
 }
 
 // Strides in numbers. space: (threads, 4, vocab), the fourth zeros, to which each thread adds the gradients of its rows.
-// by_row: (rows, 3) sums. The teacher has the first soft_rows rows,
-// labels the first hard_rows. Returns how many labels are none of the vocabulary; if any, nothing is done.
+// by_row: (rows, 3) sums. The teacher has the first soft_rows rows, labels the first hard_rows. Returns how many labels
+// are none of the vocabulary; if any, nothing is done.
 template <class Number>
 int64_t take_rows(Number* student, int64_t stride, const Number* teacher, int64_t teacher_stride,
                   const int64_t* labels, int64_t rows, int64_t soft_rows, int64_t hard_rows, int64_t vocab,
