@@ -188,7 +188,8 @@ def test_a_replay_runs_beside_the_training_and_disturbs_nothing(commands, finish
 
 
 REFUSED = {
-    "a folder that is none": ("{tmp}/none", ["--step", "1"], ["no run folder"]),
+    "a folder that is not there": ("{tmp}/none", ["--step", "1"], ["does not exist", "--run_dir"]),
+    "a folder of something else": ("{text}", ["--step", "1"], ["no run folder"]),
     "no step": ("{run}", [], ["--step"]),
     "a step that is no number": ("{run}", ["--step", "last"], ["--step", "'last'"]),
     "a step beyond the last": ("{run}", ["--step", "7"], ["--step 7", "steps 1 to 6"]),
