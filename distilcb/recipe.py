@@ -31,7 +31,9 @@ def read_recipe(path: Path, faults: list[str]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8").replace("{recipe_dir}", str(path.resolve().parent))
         tree = yaml.load(text, Loader=UniqueKeyLoader)
     except OSError as error:
-        faults.append(f"recipe {path}: {error.strerror or error}. Give a YAML file, such as recipes/mini.yaml.")
+        near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.yaml")], n=1)
+        meant = f" Did you mean {path.parent / near[0]}?" if near else ""
+        faults.append(f"recipe {path}: {error.strerror or error}. Give a YAML file, such as recipes/mini.yaml.{meant}")
         return {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         what = " Save it as UTF-8." if isinstance(error, UnicodeDecodeError) else ""

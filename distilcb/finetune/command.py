@@ -93,8 +93,6 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
         UserError: options that do not go together, data or models that cannot be used.
     """
     arms = check_options(options)
-    if not (options.soft_targets or options.teacher or options.teacher_base):
-        log.info("neither --teacher nor --teacher_base is named: the student learns from the labels alone")
     if not uses_cuda():
         size_cpu_threads(discover())
         keep_freed_memory()
@@ -128,6 +126,8 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
     }
     for name in names:  # a wrong one is told before hours of the others
         subject.load(name, fine_tuned=name == options.teacher)
+    if not (options.soft_targets or teacher):
+        log.info("neither --teacher nor --teacher_base is named: the student learns from the labels alone")
     return Comparison(
         subject=subject,
         student=options.student,

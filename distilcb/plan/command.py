@@ -46,6 +46,7 @@ def plan_from(words: list[str], *, description: str | None) -> None:
     if options.json:
         with writing(options.json, ConfigError, "Name another file."):
             write_durably(options.json, json.dumps(plan, indent=2) + "\n")
+        print(f"the same as data: {options.json}")
 
 
 def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A new one is a line in TASKS, or a YAML file with the same names (`read_task`).
 """
 
+import difflib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -151,7 +152,11 @@ def task_named(name: str, *, option: str = "--task") -> Task:
     if name.endswith((".yaml", ".yml")):
         return read_task(Path(name))
     if name not in TASKS:
-        raise ConfigError(f"{option} {name}: needed one of {', '.join(TASKS)}, or a YAML file that declares one.")
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"{option} {name}: needed one of {', '.join(TASKS)}, or a YAML file that declares one.{meant}"
+        )
     return TASKS[name]
 
 

@@ -141,6 +141,8 @@ def _check_output(output: Path, folder: RunFolder) -> None:
         raise ConfigError(f"--output {output} is there already. {_ELSEWHERE}")
     if output.resolve().is_relative_to(folder.path.resolve()):
         raise ConfigError(f"--output {output} lies in the run folder, which a replay leaves as it is. {_ELSEWHERE}")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"--output {output}: {output.parent} is no folder. Make it, or name another.")
     if not os.access(output.absolute().parent, os.W_OK):
         raise ConfigError(f"--output {output} cannot be written. {_ELSEWHERE}")
 

@@ -23,6 +23,7 @@ def test_a_plan_needs_no_gpu_no_text_and_no_weights(commands, tmp_path):
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["student_parameters"] == 68_128_261
     assert f"{plan['hours']:,.1f} hours" in ended.stdout
+    assert ended.stdout.endswith(f"the same as data: {tmp_path / 'plan.json'}\n")
 
 
 def test_a_calibrated_plan_tells_a_runs_rate_within_15_per_cent(commands, tmp_path):

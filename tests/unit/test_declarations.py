@@ -67,3 +67,8 @@ def test_a_file_that_declares_none_says_what_is_needed(tmp_path, text, told):
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ConfigError, match="--task piaf: needed one of piaf_qa, fquad"):
         task_named("piaf")
+
+
+def test_a_name_that_is_nearly_one_says_which():
+    with pytest.raises(ConfigError, match=r"Did you mean xnli_fr\?$"):
+        task_named("xnli-fr")

@@ -7,6 +7,7 @@ import yaml
 
 from distilcb.command_line import parse_command_line
 from distilcb.config import DEFAULT_RECIPE, REPOSITORY, flatten, to_plain
+from distilcb.errors import ConfigError
 from distilcb.recipe import load_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
@@ -54,6 +55,12 @@ def test_what_a_recipe_names_in_its_own_folder_is_there(path):
         for word in value if isinstance(value, list) else [value]:
             if isinstance(word, str) and word.startswith(str(path.parent)):
                 assert list(path.parent.glob(word[len(str(path.parent)) + 1 :])), f"{name}: {word} is not there"
+
+
+@pytest.mark.parametrize("typed", ["mini", "minni.yaml"])
+def test_a_recipe_that_is_not_there_says_which_was_meant(typed):
+    with pytest.raises(ConfigError, match=r"recipes/mini\.yaml\?$"):
+        load_recipe(DEFAULT_RECIPE.parent / typed)
 
 
 def test_the_default_recipe_needs_no_network():

@@ -186,7 +186,7 @@ def test_other_text_teacher_and_precision_are_refused_and_held_out_text_is_not_a
         ("run/config.yaml", "is there already"),
         ("run/report.json", "lies in the run folder"),
         ("run/checkpoints/../report.json", "lies in the run folder"),
-        ("none/report.json", "cannot be written"),
+        ("none/report.json", "none is no folder"),
     ],
 )
 def test_a_report_that_cannot_be_written_is_refused_before_any_step_is_taken(make_run, output, told):
