@@ -21,7 +21,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from distilcb.data.damage import Damage
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import ConfigError, TrainingError
 from distilcb.eval.report import as_console, as_markdown
+from distilcb.finetune.runs import alone_in
 
 RECIPE = REPOSITORY / "recipes" / "mini.yaml"
 BASE = "triplet"
@@ -72,17 +73,25 @@ def main(words: list[str]) -> None:
     if unknown := [name for name in arms if name not in ARMS]:
         raise ConfigError(f"--arms {', '.join(unknown)}: there are {', '.join(ARMS)}.")
     settings = {name: getattr(options, name) for name in ("steps", "heldout_every", "equal_time")}
-    # Where text lies may differ from machine to machine.
-    settings |= {name: Path(getattr(options, name)).name for name in ("train", "heldout")}
+    settings |= {"maskings": MASKINGS, "recipe": hash_of(recipe_of(BASE))}
+    # Where text lies may differ from machine to machine; what is in it may not.
+    settings |= {name: content_of(getattr(options, name)) for name in ("train", "heldout")}
     # Runs of other settings have folders of their own.
-    options.runs /= hashlib.sha256(json.dumps([settings, options.train, options.heldout]).encode()).hexdigest()[:8]
+    options.runs /= hash_of([settings, options.train, options.heldout])[:8]
+    with alone_in(options.runs):
+        compare(arms, settings, options)
+
+
+def compare(arms: Sequence[str], settings: dict[str, Any], options: argparse.Namespace) -> None:
+    """Train what is not trained yet, and write results and table."""
     results, steps = read(options.results, settings)
     if options.equal_time and (untimed := [name for name in arms if name not in steps]):
         steps |= steps_in_equal_time(untimed, options)
 
     def keep() -> None:
         options.results.parent.mkdir(parents=True, exist_ok=True)
-        found = {"settings": settings, "steps": steps, "arms": results}
+        changes = {name: ARMS[name] for name in results if name in ARMS}
+        found = {"settings": settings, "changes": changes, "steps": steps, "arms": results}
         write_durably(options.results, json.dumps(found, indent=1) + "\n")
 
     keep()
@@ -125,11 +134,28 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def hash_of(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def content_of(names: str) -> str:
+    """What a text is, wherever it lies: the last part of its first name, and a hash of its documents."""
+    made = hashlib.sha256()
+    for document in documents_of(names):
+        made.update(f"{document}\n".encode())
+    return f"{Path(names.split(',')[0]).name} {made.hexdigest()[:16]}"
+
+
+def documents_of(names: str) -> Iterator[str]:
+    sources = find_sources(names.split(","))
+    return chain.from_iterable(read_documents(each, text_field="text", damage=Damage()) for each in sources)
+
+
 def read(path: Path, settings: dict[str, Any]) -> tuple[Results, dict[str, int]]:
     """What earlier starts found, and the steps of arms at equal time.
 
     Raises:
-        ConfigError: with other settings.
+        ConfigError: with other settings, or an arm that was something else then.
     """
     if not path.is_file():
         return {}, {}
@@ -138,6 +164,9 @@ def read(path: Path, settings: dict[str, Any]) -> tuple[Results, dict[str, int]]
         raise ConfigError(
             f"{path} has results of {there['settings']}, asked for are {settings}. Name another --results."
         )
+    other = [name for name, change in there["changes"].items() if name in ARMS and change != ARMS[name]]
+    if other:
+        raise ConfigError(f"{path} has results of other settings of {', '.join(other)}. Name another --results.")
     return there["arms"], there["steps"]
 
 
@@ -194,8 +223,7 @@ def launch(words: Sequence[str], folder: Path) -> None:
 
 def text_of(options: argparse.Namespace, *, every: int) -> list[str]:
     """The options that name text; of the held-out one every so-many-th document, as a file."""
-    sources = find_sources(options.heldout.split(","))
-    documents = chain.from_iterable(read_documents(each, text_field="text", damage=Damage()) for each in sources)
+    documents = documents_of(options.heldout)
     sample = options.runs / f"heldout_{every}.txt"
     sample.parent.mkdir(parents=True, exist_ok=True)
     write_durably(sample, "".join(f"{' '.join(each.split())}\n" for each in islice(documents, 0, None, every)))
@@ -210,13 +238,18 @@ def file_name(arm: str) -> str:
 def write_recipe(folder: Path, arm: str) -> Path:
     """The mini recipe with what the arm changes, as a file."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = RECIPE.read_text(encoding="utf-8").replace("{recipe_dir}", str(RECIPE.parent))
-    recipe = yaml.safe_load(text)
+    path = folder / f"{file_name(arm)}.yaml"
+    text = yaml.safe_dump(recipe_of(arm), sort_keys=False)
+    path.write_text(text.replace("{recipe_dir}", str(RECIPE.parent)), encoding="utf-8")
+    return path
+
+
+def recipe_of(arm: str) -> dict[str, Any]:
+    """The mini recipe with what the arm changes; paths as the recipe has them."""
+    recipe: dict[str, Any] = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     for section, settings in ARMS[arm].items():
         recipe.setdefault(section, {}).update(settings)
-    path = folder / f"{file_name(arm)}.yaml"
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    return path
+    return recipe
 
 
 def figures_of(run: Path) -> dict[str, float]:

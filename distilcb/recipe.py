@@ -31,7 +31,8 @@ def read_recipe(path: Path, faults: list[str]) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8").replace("{recipe_dir}", str(path.resolve().parent))
         tree = yaml.load(text, Loader=UniqueKeyLoader)
     except OSError as error:
-        near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.yaml")], n=1)
+        beside = [each.name for each in path.parent.glob("*.yaml") if each.name != path.name]
+        near = difflib.get_close_matches(path.name, beside, n=1)
         meant = f" Did you mean {path.parent / near[0]}?" if near else ""
         faults.append(f"recipe {path}: {error.strerror or error}. Give a YAML file, such as recipes/mini.yaml.{meant}")
         return {}

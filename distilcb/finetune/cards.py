@@ -18,6 +18,8 @@ from distilcb.tasks.declarations import Task
 # Of the model card of cmarkea/distilcamembert-base, F1 in hundredths on the official splits.
 PUBLISHED_DISTILCAMEMBERT = {"cls_fr": 83, "pawsx_fr": 77, "xnli_fr": 68, "wikiner_fr": 92, "ner_fr": 92}
 
+_LIKE_PUBLISHED = ("subword_f1", "macro_f1")
+
 _HUB_TASKS = {
     "classification": "text-classification",
     "regression": "sentence-similarity",
@@ -80,7 +82,7 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     has_teacher = TEACHER in made["models"]
     published = PUBLISHED_DISTILCAMEMBERT if _is_like_distilcamembert(model) else {}
     head = ["", "metric", "this model", *(["its teacher", "retained"] if has_teacher else []), "without pre-training"]
-    rows = [head + (["published, F1"] if published else [])]
+    rows = [head + (["F1, published", "F1 of its kind, here"] if published else [])]
     for task, found in made["tasks"].items():
         own, metric = found["models"][name], found["metric"]
         row = [task, metric.replace("_", " "), mean_of(own, metric)]
@@ -88,10 +90,13 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
             row += [mean_of(found["models"][TEACHER], metric), share_of(own.get("retained"))]
         floor = found["floor"].get(metric)
         row.append("–" if floor is None else f"{floor:.2f}")
-        rows.append(row + ([str(published.get(task, "–"))] if published else []))
+        if published:
+            row += _beside_published(own, published.get(task))
+        rows.append(row)
     recipe = made["recipe"]
     seeds = sorted({len(found["models"][name]["seeds"]) for found in made["tasks"].values()})
-    over = "Of one seed" if seeds == [1] else f"Mean ± standard deviation over {' to '.join(map(str, seeds))} seeds"
+    number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    over = "Of one seed" if seeds == [1] else f"Mean ± standard deviation over {number} seeds"
     note = (
         f"{over}, in hundredths; passes over the rows: {recipe['epochs']:g}, batches of {recipe['batch']}, "
         f"learning rate {recipe['lr']:g}. " + " ".join(_rows_of(task, found) for task, found in made["tasks"].items())
@@ -99,9 +104,18 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     if published:
         note += (
             " Published: the F1 of cmarkea/distilcamembert-base's card, on the official splits; where these rows are "
-            "others, only the order of size can be compared."
+            "others, only the order of size can be compared. Its kind: over sub-words with O as a type where words "
+            "are tagged, else the mean over labels."
         )
     return f"{as_markdown(rows)}\n\n{note}"
+
+
+def _beside_published(own: Mapping[str, Any], published: int | None) -> list[str]:
+    """Two cells: the published F1, and this model's of the same kind."""
+    like = [metric for metric in _LIKE_PUBLISHED if metric in own["mean"]]
+    if published is None or not like:
+        return ["–", "–"]
+    return [str(published), f"{mean_of(own, like[0])} ({like[0].replace('_', ' ')})"]
 
 
 def _rows_of(task: str, found: Mapping[str, Any]) -> str:

@@ -48,7 +48,7 @@ def parser_of(description: str | None) -> Parser:
     )
     parser.add_argument("--heldout", nargs="+", metavar="NAME", help="text to measure on, of causal alone")
     parser.add_argument(
-        "--split", choices=["dev", "test"], help="rows to measure on (default: test where there is one)"
+        "--split", choices=["dev", "test"], help="rows to measure on (default: test where there is one; of hub: dev)"
     )
     parser.add_argument("--student", required=True, metavar="MODEL", help="folder or hub name, such as a run's student")
     teacher = parser.add_mutually_exclusive_group()
@@ -99,7 +99,7 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
     from distilcb.finetune.comparison import Comparison
     from distilcb.finetune.models import check_same_tokenizer, content_of, longest_sequence
     from distilcb.finetune.objective import Weights
-    from distilcb.finetune.training import Recipe
+    from distilcb.finetune.training import Recipe, precision
 
     teacher = options.teacher or options.teacher_base
     names = [options.student, *([teacher] if teacher else [])]
@@ -119,6 +119,7 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
         "declared": None if options.task == CAUSAL else asdict(task_named(options.task)),
         "content": subject.content,
         "models": {name: content_of(name) for name in names},
+        "precision": precision(),
         "split": subject.facts.get("split"),
         "max_length": longest,
         "recipe": asdict(recipe),

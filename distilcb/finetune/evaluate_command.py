@@ -53,7 +53,9 @@ def parser_of(description: str | None) -> Parser:
     tasks.add_argument(
         "--seeds", type=number(0), nargs="+", help="(default: 0 1 2; of under 3,000 training rows 0 1 2 3 4)"
     )
-    tasks.add_argument("--split", choices=["dev", "test"], help="rows to measure on (default: test where there is one)")
+    tasks.add_argument(
+        "--split", choices=["dev", "test"], help="rows to measure on (default: test where there is one; of hub: dev)"
+    )
     real: dict[str, Any] = {"type": number(1e-9, kind=float)}
     tasks.add_argument("--epochs", **real, help="passes over the training rows (default: 3)")
     tasks.add_argument("--lr", **real, help="(default: 5e-5)")

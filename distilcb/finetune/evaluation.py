@@ -31,7 +31,7 @@ from distilcb.finetune.runs import (
     write_json,
 )
 from distilcb.finetune.subjects import LabelledTask
-from distilcb.finetune.training import Recipe
+from distilcb.finetune.training import Recipe, precision
 from distilcb.tasks.declarations import Task
 from distilcb.tasks.floors import FLOORS, floor
 
@@ -206,11 +206,12 @@ class Evaluation:
         settings = {
             "declared": asdict(asked.task),
             "content": first.content,
-            "train_rows": self.train_rows,
+            "train_rows": self.train_rows if first.facts["first_rows_only"] else None,
             "split": first.facts["split"],
             "max_length": first.facts["max_length"],
             "stride": self.stride,
             "recipe": asdict(self.recipe),
+            "precision": precision(),
             "zero_shot": {
                 title: {"declared": asdict(other.task), "content": other.content}
                 for title, other in self._others(asked, next(iter(self.models))).items()

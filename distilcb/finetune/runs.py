@@ -25,6 +25,8 @@ from distilcb.finetune.training import Outcome, Recipe, TaskTrainer, train
 
 log = logging.getLogger(__name__)
 
+# A folder from before these were kept goes on without them.
+_LATER_SETTINGS = ("precision", "train_rows")
 ON_FULL_DISK = "Free some space and run the same command again."
 
 
@@ -155,7 +157,8 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, plain)
         return
-    there, now = flatten(read_json(path)), flatten(plain)
+    there = {name: plain[name] for name in _LATER_SETTINGS if name in plain} | read_json(path)
+    there, now = flatten(there), flatten(plain)
     names = [name for name in now | there if now.get(name) != there.get(name)]
     if names:
         hashes = [name for name in names if name.split(".")[-1] == "content" or name.startswith("models.")]

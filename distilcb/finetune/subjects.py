@@ -88,12 +88,14 @@ class LabelledTask:
         names = any(metric.startswith("entity") for metric in task.metrics)
         self.columns = (*task.metrics, "subword_f1") if names else task.metrics
         lengths = {"max_length": max_length, "stride": stride}
-        training = [] if heldout_only else rows.read(task, "train", limit=train_rows)
+        # One row more tells whether there are others.
+        read = [] if heldout_only else rows.read(task, "train", limit=train_rows and train_rows + 1)
+        training = read[:train_rows]
         self.heldout = encode(rows.read(task, split), task, self.tokenizer, **lengths)
         self.training_rows, figures_of = training, {split: self.heldout.figures}
         self.content = _hash_of(json.dumps([training, self.heldout.rows], ensure_ascii=False).encode())
         self.facts = {"split": split, "max_length": max_length, "heldout": self.heldout.figures}
-        self.facts["first_rows_only"] = train_rows is not None and len(training) == train_rows
+        self.facts["first_rows_only"] = len(training) < len(read)
         if training:
             encoded = encode(training, task, self.tokenizer, **lengths)
             self.data = encoded.features

@@ -98,8 +98,13 @@ def train(
     return trainer, Outcome(steps, time.monotonic() - started, watch.curve, diverged_at)
 
 
+def precision() -> str:
+    """In what models are fine-tuned here: bf16 on CUDA, fp32 on a CPU."""
+    return "bf16" if uses_cuda() else "fp32"
+
+
 def arguments(recipe: Recipe, *, seed: int, folder: Path, sequences: int) -> TrainingArguments:
-    """transformers' settings for a recipe: bf16 on CUDA, fp32 on a CPU, one device, nothing saved."""
+    """transformers' settings for a recipe: one device, nothing saved."""
     steps = math.ceil(recipe.epochs * math.ceil(sequences / recipe.batch))
     made = TrainingArguments(
         output_dir=str(folder),
@@ -112,7 +117,7 @@ def arguments(recipe: Recipe, *, seed: int, folder: Path, sequences: int) -> Tra
         weight_decay=0.0,
         max_grad_norm=recipe.clip,
         seed=seed,
-        bf16=uses_cuda(),
+        bf16=precision() == "bf16",
         use_cpu=not uses_cuda(),
         logging_steps=max(1, steps // 20),
         logging_nan_inf_filter=False,  # it would show the last good loss in place of one that is no number

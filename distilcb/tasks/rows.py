@@ -48,6 +48,11 @@ class TaskRows:
                 break
         if not found:
             raise DataError(f"{self.source}, {split}: no rows.")
+        if task.kind == "regression" and len(found) > 1 and len({row[task.target] for row in found}) == 1:
+            raise DataError(
+                f"{self.source}, {split}: '{task.target}' is {found[0][task.target]:g} in every row, as where answers "
+                "are left out. Choose a --split that has them."
+            )
         return found
 
     def heldout_split(self) -> str:
@@ -58,6 +63,8 @@ class TaskRows:
 
     def _rows(self, task: Task, split: str) -> Iterator[tuple[str, Row]]:
         if self.source.startswith(HUB_PREFIX):
+            if self.source.removeprefix(HUB_PREFIX).count(":") > 1:
+                raise DataError(f"{self.source}: needed hub:NAME or hub:NAME:CONFIG. Which rows, --split says.")
             return _hub_rows(task, HubDataset.parse(self.source), split)
         path = self._file(split)
         if path is None:
@@ -91,30 +98,36 @@ def _hub_rows(task: Task, name: HubDataset, split: str) -> Iterator[tuple[str, R
         there = [other for other in _HUB_FIELDS.get(field, ()) if other in rows.column_names]
         if field not in rows.column_names and there:
             rows = rows.rename_column(there[0], field)
-    names = _class_names(rows.features.get(task.target))
+    names = _class_names(rows.features.get(task.target), task.labels)
     if names == [str(number) for number in range(len(names))]:
         names = []  # they say no more than the numbers
     for number, row in enumerate(rows, 1):
+        where, target = f"{name.name}, {split}, row {number}", row.get(task.target)
         if names:
-            row = row | {task.target: _as_names(row[task.target], names)}
-        yield f"{name.name}, {split}, row {number}", row
+            row = row | {task.target: _as_names(target, names)}
+        elif task.kind == "tagging" and isinstance(target, list) and any(isinstance(tag, int) for tag in target):
+            raise DataError(  # data sets of names count them in different orders
+                f"{where}: '{task.target}' holds numbers, and the data set does not say what they stand for. Write the "
+                "rows as train.jsonl and dev.jsonl with the tags' names, and give that folder."
+            )
+        yield where, row
 
 
 def _loaded(name: HubDataset, splits: Sequence[str]) -> tuple[Any, str]:
     """The first of these splits that there is, and its name."""
     try:
         return replace(name, split=splits[0]).load(), splits[0]
-    except DataError:
+    except DataError as error:
         for other in splits[1:]:
             with suppress(DataError):
                 return replace(name, split=other).load(), other
-        raise
+        raise DataError(f"{error} Where it is a split that is missing, choose another --split.") from error
 
 
-def _class_names(feature: Any) -> list[str]:
-    """The names behind a data set's numbers, where it has some."""
+def _class_names(feature: Any, labels: Sequence[str]) -> list[str]:
+    """The names behind a data set's numbers, where it has some, as the task calls them."""
     names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None) or []
-    return [_HUB_LABELS.get(name, name) for name in names]
+    return [name if name in labels else _HUB_LABELS.get(name, name) for name in names]
 
 
 def _as_names(value: Any, names: Sequence[str]) -> Any:

@@ -54,7 +54,8 @@ def find_run(run_dir: Path) -> "RunFolder":
     folder = RunFolder(run_dir.absolute())
     if not folder.config.is_file():
         if not run_dir.is_dir():
-            raise CheckpointError(f"{run_dir} does not exist. Give the folder of a run, as --run_dir named it.")
+            came = "is a file" if run_dir.exists() else "does not exist"
+            raise CheckpointError(f"{run_dir} {came}. Give the folder of a run, as --run_dir named it.")
         hint = " Give the run folder, not the student in it." if (run_dir.parent / "config.yaml").is_file() else ""
         runs = sorted(path.parent for path in run_dir.glob("*/config.yaml"))
         hint = hint or (f" Give one of those in it: {', '.join(map(str, runs[:8]))}." if runs else "")

@@ -1,4 +1,4 @@
-"""Steps that the arms of benchmarks/ablation.py get in equal time."""
+"""benchmarks/ablation.py: the steps that arms get in equal time, and what it takes for done."""
 
 import importlib.util
 import json
@@ -6,6 +6,7 @@ import json
 import pytest
 
 from distilcb.config import REPOSITORY
+from distilcb.errors import ConfigError
 
 
 @pytest.fixture
@@ -59,3 +60,51 @@ def test_an_arm_that_ends_kl_is_timed_with_it_and_without(ablation, runs_at, tmp
     runs_at(lambda arm, turn, step: 3000.0 if arm != "triplet" and step > 9 else 1000.0)
     steps = ablation.steps_in_equal_time(["kl off in the last quarter"], asked_for(ablation, tmp_path))
     assert steps == {"kl off in the last quarter": round(100 / (0.75 + 0.25 / 3))}
+
+
+@pytest.fixture
+def trained(ablation, monkeypatch):
+    """(arm, seed) of each training that was started, which ends at once."""
+    started = []
+
+    def train(arms, seed, _steps, _options):
+        started.extend((arm, seed) for arm in arms)
+        return {arm: dict.fromkeys(ablation.FIGURES, 0.5) for arm in arms}
+
+    monkeypatch.setattr(ablation, "train", train)
+    return started
+
+
+def compared(ablation, folder, text, *words):
+    for part in ("train", "heldout"):
+        (folder / text / part).mkdir(parents=True, exist_ok=True)
+        (folder / text / part / "a.txt").write_text(f"{text.split('/')[-1]}, {part}\n")
+    sources = ["--train", str(folder / text / "train"), "--heldout", str(folder / text / "heldout")]
+    places = ["--runs", str(folder / "runs"), "--results", str(folder / "results.json")]
+    ablation.main([*sources, *places, *words])
+
+
+def test_what_is_done_is_left_alone_wherever_its_text_lies_now(ablation, trained, tmp_path, capsys):
+    compared(ablation, tmp_path, "here/a", "--arms", "triplet", "--seeds", "1")
+    compared(ablation, tmp_path, "there/a", "--arms", "triplet", "without kl", "--seeds", "2")
+    assert trained == [("triplet", 0), ("without kl", 0), ("triplet", 1), ("without kl", 1)]
+    assert "without kl" in capsys.readouterr().out
+
+
+def test_results_of_another_text_recipe_or_arm_are_refused(ablation, trained, tmp_path, monkeypatch):
+    arms = ["--arms", "triplet", "without kl", "--seeds", "1"]
+    compared(ablation, tmp_path, "a", *arms)
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ConfigError, match="Name another --results"):
+        compared(ablation, tmp_path, "b", *arms)
+    with monkeypatch.context() as patch:
+        patch.setitem(ablation.ARMS, "without kl", {"loss": {"kl": 0.1}})
+        with pytest.raises(ConfigError, match="other settings of without kl"):
+            compared(ablation, tmp_path, "a", *arms)
+    other = tmp_path / "mini.yaml"
+    other.write_text(ablation.RECIPE.read_text().replace("lr: 1.5e-3", "lr: 2.0e-3"))
+    monkeypatch.setattr(ablation, "RECIPE", other)
+    with pytest.raises(ConfigError, match="Name another --results"):
+        compared(ablation, tmp_path, "a", *arms)
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert len(trained) == 2

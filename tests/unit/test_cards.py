@@ -76,6 +76,14 @@ def test_what_was_found_is_in_the_card_and_its_front_matter(folder, made):
     assert front["pipeline_tag"] == "fill-mask"
 
 
+def test_of_different_numbers_of_seeds_the_least_and_the_most_are_told(folder, made):
+    for number, name in enumerate(("allocine_fr", "pawsx_fr"), 3):
+        results = {"teacher": seeds(80.0), "student": seeds(*[70.0] * number)}
+        found = summary_of_task(results, ("accuracy", "macro_f1"), {"accuracy": 50.0}, teacher="teacher")
+        made["tasks"][name] = found | {"read": made["tasks"]["xnli_fr"]["read"]}
+    assert "over 2 to 4 seeds" in fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text()
+
+
 def test_a_try_on_the_first_rows_says_so_and_is_not_told_to_the_hub(folder, made):
     made["tasks"]["xnli_fr"]["read"]["teacher"] |= {"train": {"rows": 60}, "first_rows_only": True}
     text = fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8")
@@ -89,7 +97,7 @@ def test_a_student_of_distilcamemberts_size_has_the_published_row_beside_its_own
     config.num_hidden_layers, config.hidden_size = 6, 768
     config.save_pretrained(folder)
     text = fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8")
-    assert "| 50.00 | 68 |" in text
+    assert "| 50.00 | 68 | 72.00 ± 2.83 (macro f1) |" in text
     assert "Size and speed" not in text
 
 

@@ -1,16 +1,20 @@
 """What an evaluation is asked for."""
 
+import json
 from dataclasses import replace
 
 import pytest
 
+from distilcb.config import REPOSITORY
 from distilcb.errors import ConfigError
 from distilcb.finetune.evaluation import AskedTask, Evaluation
 from distilcb.finetune.models import content_of
+from distilcb.finetune.subjects import LabelledTask
 from distilcb.finetune.training import Recipe
 from distilcb.tasks.declarations import TASKS
 from distilcb.tasks.scores import subword_f1
 
+MINI_TEACHER = REPOSITORY / "recipes" / "mini" / "teacher"
 ENGLISH, FRENCH = TASKS["ner_en"], TASKS["ner_fr"]
 
 
@@ -73,3 +77,17 @@ def test_types_are_told_apart_by_their_whole_names_and_no_subword_at_all_is_no_e
     assert subword_f1([["B-a-x"]], [["B-b-x"]], [[1]]) == 0
     assert subword_f1([["B-a-x"]], [["I-a-x"]], [[1]]) == 100
     assert subword_f1([["O"]], [["O"]], [[0]]) == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "rows", "first_only"), [(None, 3, False), (2, 2, True), (3, 3, False), (4, 3, False)]
+)
+def test_a_limit_that_leaves_no_row_out_is_no_try(tmp_path, limit, rows, first_only):
+    for split in ("train", "dev"):
+        lines = (json.dumps({"text": f"texte {number}", "label": number % 2}) for number in range(3))
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    lengths = {"max_length": 32, "stride": 8, "split": None, "train_rows": limit}
+    subject = LabelledTask(TASKS["allocine_fr"], str(tmp_path), str(MINI_TEACHER), **lengths)
+    assert (len(subject.training_rows), subject.facts["first_rows_only"]) == (rows, first_only)
+    whole = LabelledTask(TASKS["allocine_fr"], str(tmp_path), str(MINI_TEACHER), **lengths | {"train_rows": None})
+    assert (subject.content == whole.content) is not first_only

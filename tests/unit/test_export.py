@@ -329,6 +329,11 @@ def run_folder(tmp_path):
     return folder
 
 
+def test_a_file_is_no_run_folder(run_folder):
+    with pytest.raises(CheckpointError, match=r"config\.yaml is a file\. Give the folder of a run"):
+        train_export.export_run(run_folder.config, step=None, output=run_folder.path / "output")
+
+
 def test_a_folder_without_config_is_no_run_folder(tmp_path):
     with pytest.raises(CheckpointError, match=r"is no run folder: it has no config\.yaml\.$"):
         train_export.export_run(tmp_path, step=None, output=tmp_path / "output")

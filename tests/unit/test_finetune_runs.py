@@ -27,3 +27,19 @@ def test_results_of_other_settings_are_refused_without_hashes_that_say_nothing(t
     assert told in str(refused.value)
     assert "Name another --output." in str(refused.value)
     assert path.read_bytes() == before
+
+
+def test_a_folder_from_before_precision_was_kept_goes_on(tmp_path):
+    path = tmp_path / "a_task" / "settings.json"
+    check_settings(path, {"content": "0a1b"})
+    now = {"content": "0a1b", "precision": "fp32", "train_rows": None}
+    check_settings(path, now)
+    with pytest.raises(ConfigError, match="the rows or files of that name differ"):
+        check_settings(path, now | {"content": "other"})
+
+
+def test_what_was_begun_in_half_precision_does_not_go_on_in_full(tmp_path):
+    path = tmp_path / "a_task" / "settings.json"
+    check_settings(path, {"precision": "bf16"})
+    with pytest.raises(ConfigError, match="precision 'bf16' there, 'fp32' now"):
+        check_settings(path, {"precision": "fp32"})

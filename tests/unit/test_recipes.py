@@ -63,6 +63,12 @@ def test_a_recipe_that_is_not_there_says_which_was_meant(typed):
         load_recipe(DEFAULT_RECIPE.parent / typed)
 
 
+def test_a_recipe_that_is_a_folder_is_not_what_was_meant(tmp_path):
+    (tmp_path / "mini.yaml").mkdir()
+    with pytest.raises(ConfigError, match=r"such as recipes/mini\.yaml\.$"):
+        load_recipe(tmp_path / "mini.yaml")
+
+
 def test_the_default_recipe_needs_no_network():
     config = load_recipe(DEFAULT_RECIPE)
     for name in (config.teacher.model, *config.data.train, *config.data.heldout):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -167,8 +168,41 @@ def test_names_and_reviews_are_read_under_the_names_that_the_hub_has_for_them(tm
 def test_a_split_that_the_hub_does_not_have_is_named(tmp_path):
     rows = on_the_hub(tmp_path / "set", [{"sentence": "a", "label": "positive"}], split="train")
     assert len(rows.read(TASKS["sst2"], "train")) == 1
-    with pytest.raises(DataError, match=r"set::validation cannot be loaded"):
+    with pytest.raises(DataError, match=r"set::validation cannot be loaded.*choose another --split\.$"):
         rows.read(TASKS["sst2"], "dev")
+    with pytest.raises(DataError, match=r"needed hub:NAME or hub:NAME:CONFIG"):
+        TaskRows(f"{rows.source}::train").read(TASKS["sst2"], "train")
+
+
+@pytest.mark.parametrize("kind", ["int64", "digits"])
+def test_tags_that_are_numbers_of_nobody_knows_what_are_refused(tmp_path, kind):
+    """Data sets of names count them in different orders."""
+    import datasets
+
+    feature = datasets.Value("int64") if kind == "int64" else datasets.ClassLabel(names=list("0123"))
+    row = {"tokens": ["Marie", "Curie"], "ner_tags": [2, 2]}
+    columns = {"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": datasets.Sequence(feature)}
+    with pytest.raises(DataError, match=r"row 1: 'tags' holds numbers, and the data set does not say"):
+        on_the_hub(tmp_path / "set", [row], **columns).read(TASKS["wikiner_fr"], "dev")
+
+
+def test_labels_of_ones_own_keep_their_names(tmp_path):
+    """neg and pos are read as negative and positive only where the task calls them so."""
+    import datasets
+
+    own = replace(TASKS["allocine_fr"], name="own", labels=("neg", "pos"))
+    rows = on_the_hub(tmp_path / "set", [{"text": "a", "label": 1}], label=datasets.ClassLabel(names=["neg", "pos"]))
+    assert rows.read(own, "dev") == [{"text": "a", "label": 1}]
+
+
+def test_likeness_without_its_answers_is_refused(tmp_path):
+    """As the test rows of nyu-mll/glue have it."""
+    import datasets
+
+    rows = [{"sentence1": "a", "sentence2": each, "label": -1.0} for each in "bc"]
+    there = on_the_hub(tmp_path / "set", rows, split="test", label=datasets.Value("float64"))
+    with pytest.raises(DataError, match=r"test: 'score' is -1 in every row.*--split"):
+        there.read(TASKS["stsb"], "test")
 
 
 @pytest.mark.parametrize(
