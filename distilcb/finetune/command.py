@@ -2,7 +2,7 @@
 
 import argparse
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,7 @@ def parser_of(description: str | None) -> Parser:
         "--alpha_hard", **zero, default=0.5, help="weight of labels beside them (default: 0.5, published)"
     )
     parser.add_argument("--temperature", **real, default=2.0, help="of soft targets (default: 2, published)")
+    parser.add_argument("--by_length", action="store_true", help="batches of rows of like lengths: less padding")
     parser.add_argument("--train_rows", type=number(1), metavar="COUNT", help="take the first rows only (default: all)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where prepared text of causal is kept")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
@@ -108,9 +109,9 @@ def comparison_of(options: argparse.Namespace) -> "Comparison":
     kind = CAUSAL if options.task == CAUSAL else task_named(options.task).kind
     longest = longest_sequence(names, options.max_length or LENGTHS[kind])
     subject = subject_of(options, longest)
-    recipe = Recipe(options.epochs, options.lr, options.batch, options.warmup)
-    teacher_recipe = Recipe(
-        options.teacher_epochs or options.epochs, options.teacher_lr or options.lr, options.batch, options.warmup
+    recipe = Recipe(options.epochs, options.lr, options.batch, options.warmup, by_length=options.by_length)
+    teacher_recipe = replace(
+        recipe, epochs=options.teacher_epochs or options.epochs, lr=options.teacher_lr or options.lr
     )
     weights = Weights(hard=options.alpha_hard, soft=options.alpha_soft, temperature=options.temperature)
     settings = {
@@ -163,7 +164,7 @@ def check_options(options: argparse.Namespace) -> tuple[str, ...]:
     if options.task == CAUSAL:
         if not options.heldout:
             faults.append("--task causal needs --heldout, the text to measure on")
-        wrong = [name for name in ("split", "train_rows") if getattr(options, name) is not None]
+        wrong = [name for name in ("split", "train_rows", "by_length") if getattr(options, name)]
         faults += [f"--{name} is of labelled tasks, and causal has none" for name in wrong]
     else:
         if len(options.data) > 1:

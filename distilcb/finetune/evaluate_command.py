@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TASKS_FOLDER = "tasks"
 _OF_TASKS = (
-    *("data", "zero_shot", "seeds", "split", "train_rows"),
+    *("data", "zero_shot", "seeds", "split", "by_length", "train_rows"),
     *("epochs", "lr", "batch", "warmup", "max_length", "stride"),
 )
 _OF_TEXT = ("seq_len", "text_field", "maskings")
@@ -67,6 +67,9 @@ def parser_of(description: str | None) -> Parser:
         help="tokens of a sequence (default: 384 for questions, 256 for tags, else 128)",
     )
     tasks.add_argument("--stride", type=number(1), help="tokens between windows of questions (default: 128)")
+    tasks.add_argument(
+        "--by_length", action="store_true", help="train on batches of rows of like lengths: less padding"
+    )
     tasks.add_argument("--train_rows", type=number(1), metavar="COUNT", help="take the first rows only, for a try")
     speed = parser.add_argument_group("size and speed, in place of text unless --heldout is given too")
     speed.add_argument("--speed", action="store_true", help="parameters, bytes, time a text; beside the teacher's")
@@ -264,7 +267,7 @@ def evaluation_of(options: argparse.Namespace) -> "Evaluation":
     return Evaluation(
         models=names,
         tasks=tasks,
-        recipe=Recipe(options.epochs, options.lr, options.batch, options.warmup),
+        recipe=Recipe(options.epochs, options.lr, options.batch, options.warmup, by_length=options.by_length),
         max_lengths=lengths,
         stride=options.stride,
         seeds=tuple(options.seeds) if options.seeds else None,

@@ -25,8 +25,13 @@ from distilcb.finetune.training import Outcome, Recipe, TaskTrainer, train
 
 log = logging.getLogger(__name__)
 
-# A folder from before these were kept goes on without them.
-_LATER_SETTINGS = ("precision", "train_rows")
+# What a folder from before these were kept was made with; None: nobody knows, so it goes on as asked for.
+_LATER_SETTINGS = {
+    "precision": None,
+    "train_rows": None,
+    "recipe.by_length": False,
+    "teacher_recipe.by_length": False,
+}
 ON_FULL_DISK = "Free some space and run the same command again."
 
 
@@ -157,8 +162,9 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, plain)
         return
-    there = {name: plain[name] for name in _LATER_SETTINGS if name in plain} | read_json(path)
-    there, now = flatten(there), flatten(plain)
+    now = flatten(plain)
+    later = {name: now[name] if was is None else was for name, was in _LATER_SETTINGS.items() if name in now}
+    there = later | flatten(read_json(path))
     names = [name for name in now | there if now.get(name) != there.get(name)]
     if names:
         hashes = [name for name in names if name.split(".")[-1] == "content" or name.startswith("models.")]

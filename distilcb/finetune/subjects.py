@@ -115,7 +115,7 @@ class LabelledTask:
 
         Entities are scored by sub-words too, as the published card does.
         """
-        said = trainer.predict(self.heldout.features).predictions
+        said = trainer.logits_of(self.heldout.features)
         given, right = predictions(self.task, self.heldout, said), gold(self.task, self.heldout.rows)
         if predicted is not None:
             predicted.write_text("".join(self._lines(given, right)), encoding="utf-8")

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from distilcb.finetune.objective import OBJECTIVES, Batch, Objective, Weights
 from distilcb.machine import uses_cuda
@@ -34,6 +36,7 @@ class Recipe:
         batch: sequences a step.
         warmup: share of the steps in which lr rises from 0.
         clip: largest norm of the gradient.
+        by_length: batches of rows of like lengths, in an order that is drawn anew each pass: less padding.
     """
 
     epochs: float = 3.0
@@ -41,6 +44,7 @@ class Recipe:
     batch: int = 8
     warmup: float = 0.0
     clip: float = 1.0
+    by_length: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ def train(
         data_collator=collate,
         train_dataset=data,
         callbacks=[watch],
+        by_length=recipe.by_length,
     )
     started = time.monotonic()
     trainer.train()
@@ -136,8 +141,11 @@ class TaskTrainer(Trainer):
 
     loss_is_scaled_for_ga = False
 
-    def __init__(self, kind: str, teacher: Any | None, weights: Weights, **settings: Any) -> None:
+    def __init__(
+        self, kind: str, teacher: Any | None, weights: Weights, *, by_length: bool = False, **settings: Any
+    ) -> None:
         super().__init__(**settings)
+        self._by_length = by_length
         self.remove_callback(PrinterCallback)
         self.objective: Objective = OBJECTIVES[kind]
         self.weights = weights
@@ -151,6 +159,27 @@ class TaskTrainer(Trainer):
     def trained(self) -> Any:
         """The model itself, whatever the Trainer has wrapped around it."""
         return self.model
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The Trainer's own, or one by lengths whose order is the seed's alone: transformers' takes what random numbers
+        the making of a model has left, and would also mix up the rows that are predicted."""
+        if not self._by_length:
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(
+            self.args.train_batch_size,
+            lengths=lengths_of(self.train_dataset),
+            generator=torch.Generator().manual_seed(self.args.seed),
+        )
+
+    def logits_of(self, data: Any) -> Any:
+        """What the model says of each row, in their order: an array, or a tuple of some.
+
+        Read in the order of their lengths, so that little is padded.
+        """
+        order = np.argsort(lengths_of(data), kind="stable")[::-1]
+        said = self.predict(data.select(order)).predictions
+        back = np.argsort(order)
+        return tuple(each[back] for each in said) if isinstance(said, tuple) else said[back]
 
     def compute_loss(
         self,
@@ -168,6 +197,11 @@ class TaskTrainer(Trainer):
             soft = self.objective.soft(output, targets, inputs, self.weights.temperature)
             loss = self.weights.hard * loss + self.weights.soft * soft
         return (loss, output) if return_outputs else loss
+
+
+def lengths_of(data: Any) -> list[int]:
+    """Tokens of each row of a datasets.Dataset."""
+    return list(map(len, data["input_ids"]))
 
 
 def read_by(model: Any, batch: Batch) -> dict[str, Tensor]:

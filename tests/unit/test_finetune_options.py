@@ -24,6 +24,10 @@ MISTAKES = {
     "soft targets of nobody": (["--soft_targets", "both"], ["--soft_targets both needs --teacher"]),
     "two seeds alike": (["--seeds", "1", "1"], ["--seeds 1 1: one stands there twice"]),
     "held-out text of a task": (["--heldout", "x"], ["--heldout is of --task causal"]),
+    "like lengths of a text": (
+        ["--task", "causal", "--heldout", "x", "--by_length"],
+        ["--by_length is of labelled tasks"],
+    ),
     "no learning rate": (["--lr", "0"], ["--lr", "needed a number"]),
     "several at once": (["--seeds", "1", "1", "--heldout", "x"], ["--seeds 1 1", "--heldout"]),
     "a student that is not there": (["--student", "./none"], ["model folder ./none does not exist"]),

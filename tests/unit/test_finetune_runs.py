@@ -38,6 +38,14 @@ def test_a_folder_from_before_precision_was_kept_goes_on(tmp_path):
         check_settings(path, now | {"content": "other"})
 
 
+def test_a_folder_from_before_like_lengths_had_none(tmp_path):
+    path = tmp_path / "a_task" / "settings.json"
+    check_settings(path, {"recipe": {"lr": 1.0}})
+    check_settings(path, {"recipe": {"lr": 1.0, "by_length": False}})
+    with pytest.raises(ConfigError, match=r"recipe\.by_length False there, True now"):
+        check_settings(path, {"recipe": {"lr": 1.0, "by_length": True}})
+
+
 def test_what_was_begun_in_half_precision_does_not_go_on_in_full(tmp_path):
     path = tmp_path / "a_task" / "settings.json"
     check_settings(path, {"precision": "bf16"})

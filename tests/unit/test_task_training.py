@@ -26,21 +26,25 @@ def subject(mini_teacher):
     return load, data, DataCollatorWithPadding(tokenizer)
 
 
-def fit(subject, tmp_path, *, seed=0, teacher=None, weights=_PUBLISHED, lr=1e-3, epochs=2.0):
+def fit(subject, tmp_path, **settings):
+    trainer, outcome = trained(subject, tmp_path, **settings)
+    return [value.detach().clone() for value in trainer.model.parameters()], outcome
+
+
+def trained(subject, tmp_path, *, seed=0, teacher=None, weights=_PUBLISHED, lr=1e-3, epochs=2.0, by_length=False):
     load, data, collate = subject
-    trainer, outcome = train(
+    return train(
         "classification",
         load,
         data,
         collate,
-        recipe=Recipe(epochs=epochs, lr=lr, batch=4),
+        recipe=Recipe(epochs=epochs, lr=lr, batch=4, by_length=by_length),
         seed=seed,
         teacher=teacher,
         weights=weights,
         folder=tmp_path,
         name="test",
     )
-    return [value.detach().clone() for value in trainer.model.parameters()], outcome
 
 
 def same(one, other):
@@ -54,6 +58,62 @@ def test_a_seed_settles_a_training(subject, tmp_path):
     assert outcome.steps == 8
     assert outcome.diverged_at is None
     assert outcome.curve[-1][1] < outcome.curve[0][1]
+
+
+@pytest.fixture(scope="module")
+def of_many_lengths(subject, mini_teacher):
+    """Rows of 4 to 34 words, the short ones and the long ones mixed."""
+    load, _, collate = subject
+    rows = [{"text": "un bon " * (2 + 7 * number % 16), "label": number % 2} for number in range(64)]
+    tokenizer = AutoTokenizer.from_pretrained(mini_teacher)
+    return load, encode(rows, TASK, tokenizer, max_length=64, stride=1).features, collate
+
+
+def batches_read(subject, tmp_path, **settings):
+    """Lengths and labels of the rows of each batch, in turn."""
+    load, data, collate = subject
+    read = []
+
+    def noted(rows):
+        read.append([(len(row["input_ids"]), row["labels"]) for row in rows])
+        return collate(rows)
+
+    trained((load, data, noted), tmp_path, **settings)
+    return read
+
+
+def test_batches_of_like_lengths_hold_every_row_once_a_pass_in_the_seeds_order(of_many_lengths, subject, tmp_path):
+    load, data, collate = of_many_lengths
+    once = batches_read(of_many_lengths, tmp_path, by_length=True)
+    all_rows = sorted((len(row["input_ids"]), row["labels"]) for row in data)
+    for one_pass in (once[:16], once[16:]):
+        assert sorted(row for batch in one_pass for row in batch) == all_rows
+    assert once[:16] != once[16:]
+    tokens = sum(length for batch in once for length, _ in batch)
+    padded, without = (
+        sum(4 * max(batch)[0] for batch in batches) - tokens
+        for batches in (once, batches_read(of_many_lengths, tmp_path))
+    )
+    assert 0 < 2 * padded < without
+    assert once != batches_read(of_many_lengths, tmp_path, by_length=True, seed=1)
+
+    def other():  # a model that takes more random numbers to make
+        torch.rand(100)
+        return load()
+
+    assert batches_read((other, data, collate), tmp_path, by_length=True) == once
+
+
+def test_what_is_said_of_rows_stands_in_their_order(of_many_lengths, tmp_path):
+    _, data, collate = of_many_lengths
+    trainer, _ = trained(of_many_lengths, tmp_path, by_length=True)
+    said = trainer.logits_of(data)
+    for number in (0, 3, 17, 31):
+        row = {name: value for name, value in collate([data[number]]).items() if name != "labels"}
+        row.pop("token_type_ids")
+        with torch.no_grad():
+            alone = trainer.model.eval()(**row).logits[0]
+        torch.testing.assert_close(torch.tensor(said[number]), alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_teacher_without_weight_changes_nothing(subject, tmp_path):
