@@ -35,8 +35,7 @@ class OnnxModel:
             raise ConfigError(f"{path} needs onnxruntime: {_EXTRA}.") from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        # Each session would keep what its largest pass took: of the published size, teacher and student as ONNX and
-        # int8, 32 texts of 512 tokens ran out of 19 GB. Large blocks that are freed go back, and 1.6 GB stay.
+        # With it each session keeps what its largest pass took: 2 GB of 32 texts of 256 tokens at the published size.
         options.enable_cpu_mem_arena = False
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside others that are timed
         if threads:
