@@ -20,13 +20,20 @@ WEIGHTS = {"kl": 0.5, "mlm": 0.2, "cos": 0.3}
 
 
 class OriginalLoop:
-    """Teacher, student and AdamW. `last` holds the losses of the last micro-step."""
+    """Teacher, student and AdamW. `last` holds the losses of the last micro-step.
+
+    In fp16 the student's weights are fp32 under autocast and its loss is scaled, as the first scripts did with apex;
+    in other precisions all is in that one.
+    """
 
     def __init__(
         self, teacher: Any, student: Any, *, device: torch.device, dtype: torch.dtype, masked_only: bool
     ) -> None:
+        in_fp16 = dtype == torch.float16
         self.teacher = copy.deepcopy(teacher).to(device, dtype).eval()
-        self.student = copy.deepcopy(student).to(device, dtype).train()
+        self.student = copy.deepcopy(student).to(device, torch.float32 if in_fp16 else dtype).train()
+        self.scaler = torch.amp.GradScaler(device.type, enabled=in_fp16)
+        self.autocast = torch.autocast(device.type, dtype=torch.float16, enabled=in_fp16)
         self.device, self.masked_only, self.temperature = device, masked_only, 2.0
         self.optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=5e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0, foreach=False
@@ -39,12 +46,15 @@ class OriginalLoop:
     def step(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         """One optimizer step over micro-batches of padded ids and lengths."""
         for ids, lengths in batches:
-            loss = self._losses(ids.to(self.device), lengths.to(self.device))
+            with self.autocast:
+                loss = self._losses(ids.to(self.device), lengths.to(self.device))
             if bool((loss != loss).any()):
                 raise FloatingPointError("the loss is NaN")
-            (loss / len(batches)).backward()
+            self.scaler.scale(loss / len(batches)).backward()
+        self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
 
     def _losses(self, ids: Tensor, lengths: Tensor) -> Tensor:

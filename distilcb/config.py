@@ -38,6 +38,9 @@ Paths = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidat
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
+# Tokens of a pass beyond which a GPU gets no faster; and on a CPU, where memory is no limit but the caches are.
+MOST_TOKENS = {"cuda": 65_536, "cpu": 2048}
+
 
 @section
 class TeacherConfig:
@@ -356,6 +359,13 @@ def _largest_micro_batch(optim: OptimConfig, world_size: int) -> int | None:
     """The largest micro-batch up to the one asked for that cuts the global batch evenly: it needs no more memory."""
     share, rest = divmod(optim.global_batch, world_size)
     return None if rest else max(size for size in range(1, optim.sequences_a_pass + 1) if share % size == 0)
+
+
+def even_sizes(config: Config, world_size: int, *, device_type: str) -> list[int]:
+    """Micro-batches that cut the global batch evenly, from small to large, up to as many tokens as make sense."""
+    share = config.optim.global_batch // world_size
+    most = max(1, MOST_TOKENS[device_type] // config.data.seq_len)
+    return [size for size in range(1, min(share, most) + 1) if share % size == 0]
 
 
 def cache_folder(data: DataConfig) -> Path:

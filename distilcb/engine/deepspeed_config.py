@@ -152,6 +152,12 @@ def precision(settings: dict[str, Any]) -> str:
     return "fp32"
 
 
+def bucket_numbers(settings: dict[str, Any]) -> int:
+    """How many numbers DeepSpeed's buffers for gradients on their way hold: one of them, or two where it overlaps."""
+    zero = _section(settings, "zero_optimization")
+    return int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
+
+
 def build(
     settings: dict[str, Any], optim: OptimConfig, *, world_size: int, load_universal: bool = False
 ) -> dict[str, Any]:

@@ -25,9 +25,8 @@ WORDS_AT_ONCE = 8192
 # CamemBERT's vocabulary of 32,005 is odd.
 ROW_ALIGNMENT = 64
 
-# Half-precision gradients of the logits are scaled so that their largest possible entry is about this. A row's
-# entries add up to at most twice the largest, so the products back stay far below fp16's 65504, and probabilities
-# down to 1e-10 do not vanish.
+# fp16 gradients of the logits are scaled so that their largest possible entry is about this: far below 65504, and
+# probabilities down to 1e-10 do not vanish. The products back are in fp32.
 FP16_TARGET = 1024.0
 
 
@@ -244,7 +243,8 @@ class _Stream:
         """A power of two that brings the largest possible entry near FP16_TARGET; None where range is no concern."""
         if student.dtype != torch.float16:
             return None
-        largest = torch.tensor(self.terms.temperature * self.terms.kl + self.terms.mlm).to(student.device)
+        bound = self.terms.temperature * self.terms.kl + self.terms.mlm
+        largest = torch.full((), bound, device=student.device, dtype=torch.float32)  # a copy would wait for the device
         if self.terms.mse and teacher is not None:  # unbounded, so the chunk itself must tell; stays on the device
             distance = (student[: len(teacher)].float() - teacher.float()).abs().amax()
             largest = largest + 2 * self.terms.mse * distance

@@ -8,11 +8,18 @@ reads it. docs/objective.md derives the formulas.
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # fp32 bytes of the rows that are worked on together, a thread: few enough to stay near the caches, and enough that
 # waking the threads does not count (512 rows of CamemBERT's vocabulary on two threads: 66 ms, 161 at a quarter of it).
@@ -81,11 +88,17 @@ def few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
 
 @cache
 def _triton_is_here() -> bool:
+    """Whether there is a Triton that can compile: it makes a small C program of each kernel."""
     try:
         import triton  # noqa: F401
     except ImportError:
         return False
-    return True
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    missing = "no C compiler" if not compiler else "" if header.exists() else f"no {header}"
+    if missing:
+        log.warning("%s, which Triton needs: the head's pass over logits goes through torch's operations, slower", missing)
+    return not missing
 
 
 def take_rows_vectorised(

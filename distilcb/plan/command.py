@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcb.command_line import CommandLine, Parser, number, parse_command_line
-from distilcb.config import Config, accumulation_steps
+from distilcb.config import Config, accumulation_steps, even_sizes
 from distilcb.engine import deepspeed_config
 from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import ConfigError, writing
@@ -57,13 +57,17 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
             f"optim.global_batch={config.optim.global_batch} is not a multiple of --gpus {options.gpus}: ranks must "
             "have the same number of sequences."
         )
-    precision = _precision(config)
+    settings = _settings(config)
+    precision = deepspeed_config.precision(settings)
     width, sizes = _WIDTHS[precision], sizes_of(config)
-    machine = _machine(options, width=width)
+    machine = _machine(options, settings, width=width)
     most = _largest_micro_batch(config, sizes, machine, width=width)
-    micro_batch = most if config.optim.micro_batch == "auto" else config.optim.micro_batch
+    tried = even_sizes(config, machine.gpus, device_type="cuda")
+    micro_batch = max(size for size in tried if size <= most)
+    if config.optim.micro_batch != "auto":
+        micro_batch = config.optim.micro_batch
     accumulation = accumulation_steps(replace(config.optim, micro_batch=micro_batch), machine.gpus)
-    rate, measured_on = _measured_rate(command) if options.calibrate else (None, "")
+    rate, measured_on = _measured_rate(command, options.calibrate) if options.calibrate else (None, "")
     # What was measured are first steps, and loss.kl_until makes the last ones cheaper.
     first = replace(config, loss=replace(config.loss, kl_until=1.0))
     over_all_steps = rate and rate * flop_per_token(first, sizes) / flop_per_token(config, sizes)
@@ -95,16 +99,18 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
     }
 
 
-def _machine(options: argparse.Namespace, *, width: int) -> Machine:
+def _machine(options: argparse.Namespace, settings: dict[str, Any], *, width: int) -> Machine:
+    """What the options say of it. settings: of the DeepSpeed file."""
     gpu = GPUS[options.gpu.upper()]
     return Machine(
         gpus=options.gpus,
         gpus_per_node=min(options.gpus, options.gpus_per_node),
         memory=options.memory_gb * 1e9 if options.memory_gb else gpu.memory,
-        flops=gpu.flops / (1 if width == 2 else 2),
+        flops=gpu.flops if width == 2 else gpu.fp32_flops,
         efficiency=options.efficiency,
         link=gpu.link,
         node_link=options.node_gb * 1e9,
+        buckets=deepspeed_config.bucket_numbers(settings),
     )
 
 
@@ -123,7 +129,7 @@ def _largest_micro_batch(config: Config, sizes: Sizes, machine: Machine, *, widt
 
 def _assumptions(machine: Machine, name: str, *, width: int, rate: float | None, measured_on: str) -> dict[str, str]:
     """What the plan goes by, in words. rate: tokens/s of a device as measured, or None."""
-    peak = "the half-precision peak" if width == 2 else "half of the half-precision peak"
+    peak = "the half-precision peak" if width == 2 else "the peak in fp32"
     return {
         "gpus": f"{machine.gpus} x {name}, {machine.gpus_per_node} a node",
         "rate of one device": (
@@ -135,24 +141,26 @@ def _assumptions(machine: Machine, name: str, *, width: int, rate: float | None,
         "time": "steps alone; evaluations and checkpoints come on top",
         "link inside a node": f"{machine.link / 1e9:,.0f} GB/s a device and direction",
         "link between nodes": f"{machine.node_link / 1e9:,.0f} GB/s a node and direction",
-        "overlap": "gradients are reduced in every micro-batch, beside the backward pass; what is longer shows",
+        "gradients": "all-reduced in every micro-batch, as DeepSpeed's buckets are, beside the backward pass; what is "
+        "longer shows",
     }
 
 
-def _measured_rate(command: CommandLine) -> tuple[float, str]:
-    """Tokens/s of one device in a few real steps on this machine, and what the device is."""
+def _measured_rate(command: CommandLine, seconds: float) -> tuple[float, str]:
+    """Tokens/s of one device in real steps on this machine for so long, and what the device is."""
     from distilcb.train.dry_run import measure_steps
 
-    report = measure_steps(command)
+    report = measure_steps(command, seconds=seconds)
     device = str(report["device"])
     if device == "cpu":
         log.warning("measured on a CPU: the hours below are those of so many CPUs like this one")
     return float(report["tokens_per_second"]) / int(report["world_size"]), device
 
 
-def _precision(config: Config) -> str:
+def _settings(config: Config) -> dict[str, Any]:
+    """Those of the DeepSpeed file that the run would use on a GPU."""
     path, _ = deepspeed_config.choose_file(config.deepspeed, cuda=True, cpu_has_bf16=True)
-    return deepspeed_config.precision(deepspeed_config.read_file(path))
+    return deepspeed_config.read_file(path)
 
 
 def _parser(description: str | None) -> Parser:
@@ -180,7 +188,14 @@ def _parser(description: str | None) -> Parser:
         default=25.0,
         help="GB/s between nodes, of one node in one direction (default: 25, one link of 200 Gbit/s)",
     )
-    parser.add_argument("--calibrate", action="store_true", help="take a few real steps here, and go by their rate")
+    parser.add_argument(
+        "--calibrate",
+        type=number(0.1, 3600, kind=float),
+        nargs="?",
+        const=30.0,
+        metavar="SECONDS",
+        help="take real steps here for so long (default: 30), and go by their rate",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
     return parser
 

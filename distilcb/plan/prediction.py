@@ -16,8 +16,9 @@ RESERVED = 0.08
 class Machine:
     """What the run is to have.
 
-    memory: bytes a device. flops: half-precision peak of one. efficiency: share of it that a step reaches.
+    memory: bytes a device. flops: peak of one in the run's precision. efficiency: share of it that a step reaches.
     link, node_link: bytes/s in one direction, of a device inside its node and of a whole node to the others.
+    buckets: numbers that DeepSpeed's buffers for gradients hold, whatever the model's size.
     """
 
     gpus: int
@@ -27,6 +28,7 @@ class Machine:
     efficiency: float
     link: float
     node_link: float
+    buckets: float
     device_type: str = "cuda"
 
     @property
@@ -68,8 +70,8 @@ def memory(config: Config, sizes: Sizes, machine: Machine, *, micro_batch: int, 
         "student: weights": width * student.parameters,
         # DeepSpeed's, in fp32, sharded: master weights and Adam's two moments.
         "optimizer states": 12.0 * student.trained / machine.gpus,
-        # In fp32 and sharded, over the micro-batches; and two buckets of half-precision ones on their way.
-        "gradients": 4.0 * student.trained / machine.gpus + 2 * width * min(student.trained, 5e8),
+        # In fp32 and sharded, over the micro-batches; and those on their way.
+        "gradients": 4.0 * student.trained / machine.gpus + width * machine.buckets,
         "student: activations": rows * activation_bytes(student, width, machine.device_type, config),
         # Logits of both models, the decoder's gradient in fp32 twice, features and their gradients.
         "head": 2.0 * width * chunk * vocab + 8.0 * vocab * hidden + head_rows * hidden * (4 + 6 * width),
@@ -153,10 +155,11 @@ def step(
 
 
 def bytes_per_step(sizes: Sizes, machine: Machine, *, width: int, micro_batches: int) -> float:
-    """What each device sends in a step under ZeRO 2: gradients to their owners in every micro-batch, since shards are
-    all that is kept of them, and once the new weights to all."""
+    """What each device sends in a step under ZeRO 2, by rings: gradients in every micro-batch, since shards are all that
+    is kept of them, and once the new weights to all. DeepSpeed all-reduces its buckets, which is twice what a shard's
+    owner needs (use_multi_rank_bucket_allreduce; without it a bucket is as many reductions as it has owners)."""
     whole = width * sizes.student.trained * (machine.gpus - 1) / machine.gpus
-    return whole * (micro_batches + 1)
+    return whole * (2 * micro_batches + 1)
 
 
 def flop_per_token(config: Config, sizes: Sizes) -> float:

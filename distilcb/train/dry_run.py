@@ -1,7 +1,11 @@
-"""A few real steps on random words: does it fit, and how long will it take?"""
+"""Real steps on random words: does it fit, and how long will it take?"""
 
+import itertools
 import json
+import statistics
+import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +22,14 @@ from distilcb.errors import ConfigError
 from distilcb.losses.triplet import TERMS, active_terms, divisors
 from distilcb.monitor.metrics import peak_memory_bytes
 from distilcb.train.build import Place, take_place, wire_stepper
-from distilcb.train.micro_batch import settle_micro_batch
+from distilcb.train.micro_batch import is_out_of_memory, refused_memory, settle_micro_batch
 from distilcb.train.models import Models, build_models
 
-# Micro-batches a rank in each step: one to warm up, then two of different length, whose difference tells what the
+# Micro-batches a rank in each step: one to warm up, then in turn short and long ones, whose difference tells what the
 # micro-batches take and what the optimizer.
-_ACCUMULATIONS = (2, 2, 6)
+_WARM_UP, _SHORT, _LONG = 2, 2, 6
+# Turns after which times are told though fp16's loss scale still overflows in each.
+_MOST_SKIPPED = 32
 
 
 def dry_run(command: CommandLine) -> dict[str, Any]:
@@ -40,37 +46,43 @@ def dry_run(command: CommandLine) -> dict[str, Any]:
     return report
 
 
-def measure_steps(command: CommandLine) -> dict[str, Any]:
-    """What the run's steps cost, by a few short ones; ConfigError where they are more than the GPU's memory holds."""
+def measure_steps(command: CommandLine, *, seconds: float = 0.0) -> dict[str, Any]:
+    """What the run's steps cost, by short ones: a few, or as many as fill so many seconds.
+
+    Raises:
+        ConfigError: more than the GPU's memory holds.
+    """
     config = command.config
     place = take_place(command, reads_only=True)
     models = build_models(config, place)
     config = settle_micro_batch(command, place, models, kept=None).config
     try:
-        return _measure(config, place, models)
-    except torch.cuda.OutOfMemoryError as error:
-        size = config.optim.sequences_a_pass
-        less = f"--optim.micro_batch {size // 2}" if size > 1 else "a smaller data.seq_len, or a larger GPU"
-        raise ConfigError(
-            f"optim.micro_batch={size} sequences of {config.data.seq_len} tokens: the GPU's memory does not hold them, "
-            f"or somebody else uses it. Try {less}."
-        ) from error
+        return _measure(config, place, models, seconds)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise refused_memory(config) from error
 
 
-def _measure(config: Config, place: Place, models: Models) -> dict[str, Any]:
-    words = RandomBlocks(models.tokenizer.vocabulary, seq_len=config.data.seq_len, blocks=sum(_ACCUMULATIONS) * 64)
+def _measure(config: Config, place: Place, models: Models, seconds: float) -> dict[str, Any]:
+    words = RandomBlocks(models.tokenizer.vocabulary, seq_len=config.data.seq_len, blocks=640)
     engine, stepper, micro_batches, counts = wire_stepper(_shortened(config, place), place, models, words)
-    batches = training_batches(micro_batches, first_step=0, last_step=sum(_ACCUMULATIONS), workers=0, pin_memory=False)
-    seconds, sums = [], []
-    for step, micros in enumerate(_ACCUMULATIONS):
+    batches = training_batches(micro_batches, first_step=0, last_step=sys.maxsize // 8, workers=0, pin_memory=False)
+
+    def step_of(micros: int) -> tuple[float, list[float], bool]:
+        """Seconds, sums, and whether the update was skipped."""
         stepper.cut = replace(stepper.cut, global_batch=config.optim.sequences_a_pass * place.world.size * micros)
         barrier()
         started = time.perf_counter()
-        sums.append(all_reduce_sum(stepper.step(step, batches).sums).tolist())  # reading them waits for the device
-        seconds.append(time.perf_counter() - started)
+        result = stepper.step(0, batches)  # the first one's rate and loss, however many are taken
+        sums = all_reduce_sum(result.sums).tolist()  # reading them waits for the device
+        return time.perf_counter() - started, sums, result.skipped
+
+    _, sums, _ = step_of(_WARM_UP)
     by = divisors(config.loss, counts)
     accumulation = accumulation_steps(config.optim, place.world.size)
-    seconds_per_step = _whole_step(seconds, accumulation)
+    turns = list(_turns(lambda: [step_of(micros) for micros in (_SHORT, _LONG)], place, seconds))
+    seconds_per_step = _whole_step(*(statistics.median(times) for times in zip(*turns, strict=True)), accumulation)
     hours = seconds_per_step * config.train.steps / 3600
     return {
         "world_size": place.world.size,
@@ -88,25 +100,38 @@ def _measure(config: Config, place: Place, models: Models) -> dict[str, Any]:
         "projected_device_hours": hours * place.world.size,
         "loss_at_start": {
             term: total / by[term]
-            for term, total in zip(TERMS, sums[0], strict=True)
+            for term, total in zip(TERMS, sums, strict=True)
             if term in active_terms(config.loss)
         },
         "memory_bytes": _memory(models, engine, place),
     }
 
 
-def _whole_step(seconds: list[float], accumulation: int) -> float:
-    """The time of a step of `accumulation` micro-batches, from those of the short steps."""
-    _warm_up, few, many = seconds
-    more = _ACCUMULATIONS[2] - _ACCUMULATIONS[1]
-    micro = (many - few) / more if many > few else few / _ACCUMULATIONS[1]
-    optimizer = max(0.0, few - _ACCUMULATIONS[1] * micro)
+def _turns(
+    turn: Callable[[], list[tuple[float, list[float], bool]]], place: Place, seconds: float
+) -> Iterator[tuple[float, ...]]:
+    """Times of the steps of one turn and of more, until all ranks' seconds are over; of those whose updates were made."""
+    began, told = time.perf_counter(), 0
+    for number in itertools.count(1):
+        steps = turn()
+        if not any(skipped for *_, skipped in steps) or number > _MOST_SKIPPED:
+            told += 1
+            yield tuple(time_ for time_, *_ in steps)
+        has_time = torch.tensor([float(time.perf_counter() - began < seconds)], device=place.device)
+        if told and all_reduce_sum(has_time).item() < place.world.size:
+            return
+
+
+def _whole_step(short: float, long: float, accumulation: int) -> float:
+    """The time of a step of `accumulation` micro-batches, from those of short and of long steps."""
+    micro = (long - short) / (_LONG - _SHORT) if long > short else short / _SHORT
+    optimizer = max(0.0, short - _SHORT * micro)
     return optimizer + accumulation * micro
 
 
 def _shortened(config: Config, place: Place) -> Config:
     """The same run with as many sequences a step as the first short one takes."""
-    size = config.optim.sequences_a_pass * place.world.size * _ACCUMULATIONS[0]
+    size = config.optim.sequences_a_pass * place.world.size * _WARM_UP
     return replace(config, optim=replace(config.optim, global_batch=size))
 
 

@@ -22,6 +22,7 @@ from distilcb.monitor.metrics import Window, peak_flops, peak_memory_bytes
 from distilcb.monitor.writers import RunWriter, StepBar
 from distilcb.train.build import Run
 from distilcb.train.export import write_student
+from distilcb.train.micro_batch import is_out_of_memory, refused_memory
 from distilcb.train.run_folder import RunFolder
 from distilcb.watchdog import Place, at
 
@@ -35,6 +36,7 @@ def train(run: Run) -> None:
     """Take the steps that are left, then finish the run folder; where it is asked to stop, save and return.
 
     Raises:
+        ConfigError: a pass is more than the device's memory holds.
         TrainingError: on every rank, where one is lost, stands still or computes what is not finite.
     """
     train_together([run])
@@ -62,6 +64,10 @@ def train_together(runs: Sequence[Run]) -> None:
         except RuntimeError as error:
             if is_lost_connection(error):
                 raise lead.watchdog.lost(error) from error
+            if is_out_of_memory(error):
+                refused = refused_memory(lead.config)
+                lead.watchdog.confess(refused)
+                raise refused from error
             raise
     if reason:
         log.info(

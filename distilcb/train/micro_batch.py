@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 from distilcb.command_line import CommandLine
-from distilcb.config import Config
+from distilcb.config import MOST_TOKENS, Config, even_sizes
 from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import make_batch, task_of
 from distilcb.distributed import all_reduce_sum
-from distilcb.engine.deepspeed_config import DTYPES
+from distilcb.engine.deepspeed_config import DTYPES, bucket_numbers
 from distilcb.engine.lessons import lessons
 from distilcb.engine.step_module import StepModule
 from distilcb.errors import ConfigError
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Tokens of a pass beyond which a GPU gets no faster; and on a CPU, where memory is no limit but the caches are.
-_MOST_TOKENS = {"cuda": 65_536, "cpu": 2048}
 # Left free for what fragments, NCCL and the libraries take.
 _HEADROOM = 0.08
 
@@ -66,22 +64,31 @@ def settle_micro_batch(command: CommandLine, place: Place, models: Models, kept:
                 "GPU; or see who else uses this one."
             )
     else:
-        size, why = sizes[-1], f"up to {_MOST_TOKENS['cpu']:,} tokens a pass on a CPU"
+        size, why = sizes[-1], f"up to {MOST_TOKENS['cpu']:,} tokens a pass on a CPU"
     log.info("optim.micro_batch: %d (auto: %s)", size, why)
     return replace(command, config=replace(config, optim=replace(config.optim, micro_batch=size)))
-
-
-def even_sizes(config: Config, world_size: int, *, device_type: str) -> list[int]:
-    """Micro-batches that cut the global batch evenly, from small to large, up to as many tokens as make sense."""
-    share = config.optim.global_batch // world_size
-    most = max(1, _MOST_TOKENS[device_type] // config.data.seq_len)
-    return [size for size in range(1, min(share, most) + 1) if share % size == 0]
 
 
 def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
     """The largest of these ascending sizes that fits, where all below one that fits do; 0: none."""
     count = bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
     return sizes[count - 1] if count else 0
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device refused memory, to torch itself or to a library under it, such as a handle of cuBLAS."""
+    told = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in told or "alloc_failed" in told
+
+
+def refused_memory(config: Config) -> ConfigError:
+    """What a run is told whose passes are larger than the device's memory. config: with a number of sequences."""
+    size = config.optim.sequences_a_pass
+    less = f"--optim.micro_batch {size // 2}" if size > 1 else "a smaller data.seq_len, or a larger GPU"
+    return ConfigError(
+        f"optim.micro_batch={size} sequences of {config.data.seq_len} tokens: the GPU's memory does not hold them, or "
+        f"somebody else uses it. Try {less}; --optim.micro_batch auto finds the most that fits."
+    )
 
 
 def _everywhere(fits: bool, place: Place) -> bool:
@@ -96,7 +103,7 @@ class _Probe:
     def __init__(self, config: Config, place: Place, models: Models) -> None:
         self.config, self.place, self.models = config, place, models
         vocabulary, seq_len = models.tokenizer.vocabulary, config.data.seq_len
-        self.blocks = RandomBlocks(vocabulary, seq_len=seq_len, blocks=_MOST_TOKENS["cuda"])
+        self.blocks = RandomBlocks(vocabulary, seq_len=seq_len, blocks=MOST_TOKENS["cuda"])
         self.task = task_of(config.masking, vocabulary, self.blocks, seed=0)
 
     def fits(self, size: int) -> bool:
@@ -104,7 +111,9 @@ class _Probe:
         try:
             self._pass(size)
             torch.cuda.synchronize()
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return False
         finally:
             gc.collect()  # an exception's frames hold tensors
@@ -125,12 +134,12 @@ class _Probe:
 
     def _bytes_of_deepspeed(self, module: torch.nn.Module) -> int:
         """What ZeRO 2 keeps on each rank beside weights and half-precision gradients, and the headroom."""
-        zero: dict[str, Any] = self.place.settings.get("zero_optimization", {})
         count = sum(weight.numel() for weight in module.parameters() if weight.requires_grad)
         width = torch.finfo(DTYPES[self.place.precision]).bits // 8
         # fp32: master weights, two moments, and the sum of gradients over micro-batches.
         shards = 16 * count // self.place.world.size
-        buckets = 2 * width * min(count, int(zero.get("reduce_bucket_size", 5e8)))
+        zero: dict[str, Any] = self.place.settings.get("zero_optimization", {})
+        buckets = width * bucket_numbers(self.place.settings)
         buckets += width * min(count, int(zero.get("allgather_bucket_size", 5e8)))
         total = torch.cuda.get_device_properties(self.place.device).total_memory
         return shards + buckets + int(_HEADROOM * total)

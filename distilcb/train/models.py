@@ -21,6 +21,7 @@ from distilcb.models.families import Family, family_of
 from distilcb.models.loading import hash_weights, load_language_model
 from distilcb.models.student import build_student
 from distilcb.models.teacher import Teacher
+from distilcb.models.whole_blocks import use_whole_blocks
 
 if TYPE_CHECKING:
     from distilcb.train.build import Place
@@ -113,13 +114,19 @@ def check_compiler() -> None:
 
 
 def use_fast_layers(models: Models, place: Place, *, compiled: bool = False) -> None:
-    """Have the student, and the teacher where it now lies, compute by torch.compile; or on a CPU in ways of our own."""
+    """Have the student, and the teacher where it now lies, compute by torch.compile; or on a CPU in ways of our own.
+
+    Causal ones then take every row for a whole block.
+    """
     if compiled:
         _compile_layers(models)
     elif place.device.type == "cpu":
         use_cpu_training(models.student)
         if models.teacher:
             use_cpu_inference(models.teacher.model, models.teacher.family.layers(models.teacher.model))
+    if models.family.causal:
+        for model in [models.student, *([models.teacher.model] if models.teacher else [])]:
+            use_whole_blocks(model)
 
 
 def _compile_layers(models: Models) -> None:

@@ -128,6 +128,25 @@ def test_fp16_head_keeps_its_gradients_with_counts_of_two_million(mse):
         assert relative_error(found.double() / loss_scale, expected) < 4e-3
 
 
+@pytest.mark.parametrize("mse", [0.0, 0.1])
+def test_fp16_head_makes_no_tensor_of_a_number_of_the_hosts(mse):
+    """On a GPU such a tensor is copied there, and the copy waits for all that came before."""
+    case, made = Case(dtype=torch.float16), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        loss, _ = case.streamed(HeadCoefficients(kl=0.5, mlm=0.2, mse=mse), chunk_rows=8)
+        loss.backward()
+        ours = list(made)
+        torch.tensor(1.0)
+    assert "aten::lift_fresh" in made
+    assert "aten::lift_fresh" not in ours
+
+
 def test_fp16_head_survives_large_features_and_weights():
     """Sums over rows of a chunk leave fp16's range; they must be kept in fp32."""
     case = Case(dtype=torch.float16)

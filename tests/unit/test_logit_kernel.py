@@ -261,6 +261,27 @@ def test_kernel_gives_zero_for_a_student_that_is_its_teacher(kernel):
     assert student.abs().max() == 0
 
 
+@pytest.mark.parametrize(
+    ("compiler", "include", "told"),
+    [(None, None, "no C compiler"), ("gcc", "nowhere", "no nowhere/Python.h"), ("gcc", None, "")],
+)
+def test_without_what_triton_compiles_with_torch_takes_the_pass_and_says_so(
+    monkeypatch, caplog, tmp_path, compiler, include, told
+):
+    pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of torch and with .[dev]")
+    (tmp_path / "Python.h").touch()
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(logit_rows.shutil, "which", lambda name: compiler if name == compiler else None)
+    monkeypatch.setattr(logit_rows.sysconfig, "get_path", lambda *_: include or str(tmp_path))
+    logit_rows._triton_is_here.cache_clear()
+    try:
+        assert logit_rows._triton_is_here() == (not told)
+    finally:
+        logit_rows._triton_is_here.cache_clear()
+    assert told in caplog.text
+    assert bool(caplog.text) == bool(told)
+
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile

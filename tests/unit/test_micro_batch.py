@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from distilcb.command_line import CommandLine
-from distilcb.config import Config, OptimConfig, accumulation_steps
+from distilcb.config import Config, OptimConfig, accumulation_steps, even_sizes
 from distilcb.errors import ConfigError
 from distilcb.train import micro_batch
-from distilcb.train.micro_batch import even_sizes, largest_that_fits, settle_micro_batch
+from distilcb.train.micro_batch import largest_that_fits, settle_micro_batch
 
 
 def command(*, global_batch=96, seq_len=128, size="auto"):
@@ -90,6 +90,36 @@ def test_not_even_one_sequence_is_a_clear_error(on_a_gpu):
     on_a_gpu(0)
     with pytest.raises(ConfigError, match=r"not even 1 sequence\(s\) of 128 tokens fit.*smaller data.seq_len"):
         settle_micro_batch(command(), place("cuda"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("told", "is_memory"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_size_that_asks_for_too_much_memory_does_not_fit_and_other_faults_are_faults(monkeypatch, told, is_memory):
+    probe = object.__new__(micro_batch._Probe)
+
+    def fail(size):
+        raise told
+
+    monkeypatch.setattr(probe, "_pass", fail, raising=False)
+    if is_memory:
+        assert not probe.fits(4)
+    else:
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            probe.fits(4)
+
+
+def test_memory_that_does_not_suffice_says_what_may():
+    told = str(micro_batch.refused_memory(command(size=48).config))
+    assert "optim.micro_batch=48 sequences of 128 tokens" in told
+    assert "--optim.micro_batch 24" in told
+    assert "a smaller data.seq_len" in str(micro_batch.refused_memory(command(size=1).config))
 
 
 def test_auto_asks_of_the_global_batch_only_that_ranks_divide_it():

@@ -1,5 +1,6 @@
 """What a run will need, against counts of the real models."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from transformers import CamembertConfig, CamembertForMaskedLM, GPT2Config, GPT2LMHeadModel
 
 from distilcb.command_line import parse_command_line
-from distilcb.config import REPOSITORY
+from distilcb.config import MOST_TOKENS, REPOSITORY
+from distilcb.engine.deepspeed_config import DS_CONFIGS
 from distilcb.errors import ConfigError, ModelError
 from distilcb.models.cpu_layers import use_cpu_training
 from distilcb.monitor.metrics import shape_of
@@ -18,7 +20,7 @@ from distilcb.plan.sizes import ModelSizes, sizes_of
 from distilcb.train.models import kind_faults
 
 RECIPE = ["--recipe", str(REPOSITORY / "recipes" / "distilcamembert.yaml"), "--dry_run"]
-NODE = Machine(8, 4, memory=80e9, flops=312e12, efficiency=0.4, link=300e9, node_link=25e9)
+NODE = Machine(8, 4, memory=80e9, flops=312e12, efficiency=0.4, link=300e9, node_link=25e9, buckets=1e8)
 
 
 def config(*words):
@@ -109,9 +111,7 @@ def test_communication_shows_where_the_backward_pass_does_not_hide_it():
     assert Step(2.0, 1.5, 1).seconds == 2.5
 
 
-def test_gradients_travel_in_every_micro_batch_and_weights_once(sizes):
-    moved = prediction.bytes_per_step(sizes, NODE, width=2, micro_batches=4)
-    assert moved == pytest.approx(5 * 2 * sizes.student.trained * 7 / 8)
+def test_one_gpu_sends_nothing(sizes):
     assert prediction.bytes_per_step(sizes, replace(NODE, gpus=1), width=2, micro_batches=4) == 0
 
 
@@ -126,6 +126,40 @@ def test_the_plan_is_a_table_with_its_assumptions(capsys):
     assert "673 MFLOP a token, fp16" in told
     assert "GPU-hours" in told
     assert "assumed: rate of one device   35% of 989 TFLOP/s" in told
+
+
+def planned(tmp_path, *words):
+    """The plan of DistilCamemBERT's recipe as data."""
+    plan_from([*RECIPE[:2], *words, "--json", str(tmp_path / "plan.json")], description=None)
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_auto_is_planned_as_training_takes_it(tmp_path):
+    """Up to so many tokens a pass, though more would fit."""
+    plan = planned(tmp_path, "--gpus", "1", "--gpu", "h200", "--optim.micro_batch", "auto")
+    assert plan["micro_batch"] * 512 == MOST_TOKENS["cuda"]
+    assert plan["largest_micro_batch"] > plan["micro_batch"]
+    small = planned(tmp_path, "--gpus", "1", "--gpu", "h200", "--memory_gb", "8", "--optim.micro_batch", "auto")
+    assert small["micro_batch"] == small["largest_micro_batch"] < plan["micro_batch"]
+
+
+def test_fp32_is_planned_at_its_own_peak(tmp_path):
+    words = ("--gpus", "8", "--gpu", "h100")
+    half, full = planned(tmp_path, *words), planned(tmp_path, *words, "--deepspeed", "zero2_cpu")
+    assert full["hours"] / half["hours"] == pytest.approx(989 / 67, rel=0.02)
+    assert "67 TFLOP/s, the peak in fp32" in full["assumptions"]["rate of one device"]
+
+
+def test_buckets_are_as_large_as_the_deepspeed_file_says(tmp_path):
+    settings = json.loads((DS_CONFIGS / "zero2_fp16.json").read_text())
+    sizes = []
+    for name, zero in (("small", {"reduce_bucket_size": 1000}), ("alone", {"overlap_comm": False}), ("both", {})):
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(settings | {"zero_optimization": settings["zero_optimization"] | zero}))
+        plan = planned(tmp_path, "--gpus", "8", "--gpu", "h100", "--deepspeed", str(path))
+        sizes.append(plan["memory_bytes"]["gradients"])
+    assert sizes[1] - sizes[0] == pytest.approx(2 * 50e6, rel=1e-3)
+    assert sizes[2] - sizes[1] == 2 * 50e6  # overlapping takes two
 
 
 def test_a_micro_batch_that_does_not_fit_is_said_with_the_one_that_does(capsys):
