@@ -97,7 +97,9 @@ def _triton_is_here() -> bool:
     header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     missing = "no C compiler" if not compiler else "" if header.exists() else f"no {header}"
     if missing:
-        log.warning("%s, which Triton needs: the head's pass over logits goes through torch's operations, slower", missing)
+        log.warning(
+            "%s, which Triton needs: the head's pass over logits goes through torch's operations, slower", missing
+        )
     return not missing
 
 

@@ -155,9 +155,9 @@ def step(
 
 
 def bytes_per_step(sizes: Sizes, machine: Machine, *, width: int, micro_batches: int) -> float:
-    """What each device sends in a step under ZeRO 2, by rings: gradients in every micro-batch, since shards are all that
-    is kept of them, and once the new weights to all. DeepSpeed all-reduces its buckets, which is twice what a shard's
-    owner needs (use_multi_rank_bucket_allreduce; without it a bucket is as many reductions as it has owners)."""
+    """What each device sends in a step under ZeRO 2, by rings: gradients in every micro-batch, since shards are all
+    that is kept of them, and once the new weights to all. DeepSpeed all-reduces its buckets, which is twice what a
+    shard's owner needs (use_multi_rank_bucket_allreduce; without it a bucket is as many reductions as owners)."""
     whole = width * sizes.student.trained * (machine.gpus - 1) / machine.gpus
     return whole * (2 * micro_batches + 1)
 

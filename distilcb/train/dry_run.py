@@ -18,7 +18,6 @@ from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import training_batches
 from distilcb.distributed import all_reduce_sum, barrier, on_main
 from distilcb.engine.checkpoint import write_durably
-from distilcb.errors import ConfigError
 from distilcb.losses.triplet import TERMS, active_terms, divisors
 from distilcb.monitor.metrics import peak_memory_bytes
 from distilcb.train.build import Place, take_place, wire_stepper
@@ -82,7 +81,8 @@ def _measure(config: Config, place: Place, models: Models, seconds: float) -> di
     by = divisors(config.loss, counts)
     accumulation = accumulation_steps(config.optim, place.world.size)
     turns = list(_turns(lambda: [step_of(micros) for micros in (_SHORT, _LONG)], place, seconds))
-    seconds_per_step = _whole_step(*(statistics.median(times) for times in zip(*turns, strict=True)), accumulation)
+    short, long = (statistics.median(times) for times in zip(*turns, strict=True))
+    seconds_per_step = _whole_step(short, long, accumulation)
     hours = seconds_per_step * config.train.steps / 3600
     return {
         "world_size": place.world.size,
@@ -99,9 +99,7 @@ def _measure(config: Config, place: Place, models: Models, seconds: float) -> di
         "projected_hours": hours,
         "projected_device_hours": hours * place.world.size,
         "loss_at_start": {
-            term: total / by[term]
-            for term, total in zip(TERMS, sums, strict=True)
-            if term in active_terms(config.loss)
+            term: total / by[term] for term, total in zip(TERMS, sums, strict=True) if term in active_terms(config.loss)
         },
         "memory_bytes": _memory(models, engine, place),
     }
@@ -110,7 +108,7 @@ def _measure(config: Config, place: Place, models: Models, seconds: float) -> di
 def _turns(
     turn: Callable[[], list[tuple[float, list[float], bool]]], place: Place, seconds: float
 ) -> Iterator[tuple[float, ...]]:
-    """Times of the steps of one turn and of more, until all ranks' seconds are over; of those whose updates were made."""
+    """Times of the steps of each turn whose updates were made, of one and of more until a rank's seconds are over."""
     began, told = time.perf_counter(), 0
     for number in itertools.count(1):
         steps = turn()

@@ -23,7 +23,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("cpu_layers", [False, True])
 def test_a_gpt2_computes_the_same_and_asks_the_device_nothing(tiny_model, cpu_layers):
-    model = tiny_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
+    model = tiny_model("gpt2", pad_token_id=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
     if cpu_layers:
         use_cpu_training(model)
     family, ids = family_of(model.config, where="test"), torch.randint(0, 101, (3, 16))
