@@ -1,6 +1,7 @@
 """The folder beside the output in which parts lie until all are there; one start at a time works in it."""
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -24,9 +25,11 @@ def made_before(output: Path, content: str) -> Description | None:
     """The description of the output, where it is there already.
 
     Raises:
-        DataError: it is there and is something else.
+        DataError: it is there and is something else, or cannot be replaced when all is done.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        if os.path.ismount(output):
+            raise DataError(f"{output} is a mount point and cannot be replaced: name a folder in it, {output}/blocks.")
         return None
     if is_prepared(output) and (made := read_description(output)).content == content:
         folder, lock_file = _working_names(output, content)

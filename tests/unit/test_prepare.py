@@ -393,6 +393,33 @@ def test_an_empty_output_folder_and_missing_parents_are_filled(tmp_path):
         assert len(Blocks(output)) > 0
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_output_that_is_a_link_stays_one_and_what_it_points_to_is_filled(tmp_path, is_there):
+    text = write_lines(tmp_path / "a.txt", random_numerals(20))
+    (tmp_path / "disk").mkdir()
+    if is_there:
+        (tmp_path / "disk/out").mkdir()
+    (tmp_path / "link").symlink_to("disk/out")
+    made = prepare([text], tokenizer=Numerals(), output=tmp_path / "link", seq_len=8)
+    assert (tmp_path / "link").is_symlink()
+    assert read_description(tmp_path / "disk/out") == made
+    again = Numerals()
+    assert prepare([text], tokenizer=again, output=tmp_path / "link", seq_len=8) == made
+    assert again.calls == 0
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_an_output_that_is_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    text, tokenizer = write_lines(tmp_path / "a.txt", random_numerals(20)), Numerals()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
+    with pytest.raises(DataError, match=r"out is a mount point and cannot be replaced: name .*out/blocks\."):
+        prepare([text], tokenizer=tokenizer, output=tmp_path / "out", seq_len=8)
+    assert tokenizer.calls == 0
+    assert list((tmp_path / "out").iterdir()) == []
+    assert len(prepare([text], tokenizer=tokenizer, output=tmp_path / "out/blocks", seq_len=8).files) == 1
+
+
 def open_files(folder):
     """Files below the folder that this process holds open (and no memory map: those close with the last array)."""
     links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
