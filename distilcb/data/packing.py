@@ -189,7 +189,7 @@ def finished_part(folder: Path, name: str) -> PartFacts | None:
 
 def has_finished_parts(folder: Path) -> bool:
     """Whether a later start would find something to go on from."""
-    return any(folder.glob("*.json"))
+    return any(folder.glob("*.json")) or any(folder.glob("*.places"))  # the latter are of duplicates.py
 
 
 def part_arrays(folder: Path, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

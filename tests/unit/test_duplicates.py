@@ -88,7 +88,7 @@ def test_documents_that_are_too_short_are_counted_as_such_and_not_as_duplicates(
     assert made.dropped["duplicate_documents"] == len(long) - len(set(long))
 
 
-def test_a_killed_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, monkeypatch):
+def test_a_stopped_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, monkeypatch):
     folder, documents = text
     how = {"tokenizer": Numerals(), "seq_len": 16, "drop_duplicates": True, "part_bytes": 1500}
 
@@ -97,7 +97,6 @@ def test_a_killed_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr("distilcb.data.prepare.find_duplicates", die)
-        patch.setattr("distilcb.data.working_folder.has_finished_parts", lambda _: True)  # as where a kill left them
         with pytest.raises(KeyboardInterrupt):
             prepare([str(folder)], output=tmp_path / "out", **how)
     (left,) = tmp_path.glob(".out.*.tmp")
