@@ -16,6 +16,7 @@ from distilcb.data.data_report import DataReport, write_report
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, sum_of_arrays
 from distilcb.data.request import How, Plan
 from distilcb.data.working_folder import wait_until_seen
+from distilcb.durability import sync
 from distilcb.errors import DataError, writing
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,12 @@ class Assembly:
             report = DataReport.of(description, facts, token_counts, lengths, self.how.tokenizer, seconds=seconds)
             write_report(report, assembled)
             self._warn_of_damage(description)
+            for path in (*assembled.iterdir(), assembled):
+                sync(path)
             if output.is_dir():
                 output.rmdir()  # it was empty: rename needs the name free
             assembled.rename(output)
+            sync(output.parent)  # before the parts are deleted
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _description(self, files: list[str]) -> Description:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -190,6 +191,30 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
     expected = prepared([tmp_path / "text"], tmp_path / "linked")
     monkeypatch.setattr(os, "link", refuse)
     assert prepared([tmp_path / "text"], tmp_path / "copied") == expected
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc/self/fd")
+@pytest.mark.parametrize("links", [True, False])
+def test_all_is_on_disk_before_it_is_named_and_the_name_before_the_parts_are_deleted(tmp_path, monkeypatch, links):
+    write_corpus(tmp_path / "text")
+    (store := tmp_path / "store").mkdir()
+    synced, sync = [], os.fsync
+
+    def noted(descriptor):
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), bool(list(store.glob(".out.*.tmp")))))
+        sync(descriptor)
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "fsync", noted)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    prepared([tmp_path / "text"], store / "out")
+    *files, folder = [path for path, _ in synced if "assembled" in path.parts]
+    assert {path.name for path in files} == {path.name for path in (store / "out").iterdir()}
+    assert folder.name == "assembled"
+    assert synced[-1] == (store, True)
 
 
 def test_starts_side_by_side_do_the_work_once(tmp_path):
