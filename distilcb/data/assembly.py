@@ -33,7 +33,16 @@ class Assembly:
     facts: list[PartFacts]
 
     def finish(self, output: Path, *, seconds: float) -> None:
-        """Give the blocks their names, description and report, and the folder its place."""
+        """Give the blocks their names, description and report, and the folder its place.
+
+        Raises:
+            DataError: a source has changed meanwhile, there is too little text, or the disk is full.
+        """
+        try:
+            self.plan.check_unchanged()
+        except DataError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         facts, vocabulary = self.facts, self.how.tokenizer.vocabulary
         if not self._sum("blocks"):
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -160,6 +160,11 @@ class PartMaker:
     def _documents(self, part: Part, damage: Damage, facts: PartFacts) -> Iterator[str]:
         twins = self.twins(part.name) if self.twins else None
         for number, document in enumerate(self.reader.read(part, damage, facts)):
+            if twins is not None and number >= twins.size:
+                raise DataError(
+                    f"{part.name}: more documents than when they were looked through for duplicates. Start again when "
+                    "nothing changes the text."
+                )
             if twins is not None and twins[number]:
                 facts.duplicate_documents += 1
                 continue

@@ -110,6 +110,20 @@ def test_a_stopped_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, 
     assert read_description(tmp_path / "out").documents == len(set(documents))
 
 
+def test_text_that_grows_between_its_two_readings_is_told(tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"{document}\n" for document in random_numerals(100)))
+    look = duplicates.find_duplicates
+
+    def grow(*words, **more):
+        text.write_text("10 11\n" * 200 + text.read_text())
+        return look(*words, **more)
+
+    monkeypatch.setattr("distilcb.data.prepare.find_duplicates", grow)
+    with pytest.raises(DataError, match="more documents than when they were looked through for duplicates"):
+        prepare([str(text)], tokenizer=Numerals(), output=tmp_path / "out", seq_len=8, drop_duplicates=True)
+
+
 def test_hashes_that_another_node_has_written_and_nobody_sees_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(working_folder, "_FILES_ARE_SEEN_WITHIN_SECONDS", 0.1)
     with pytest.raises(DataError, match="is not seen here: is it one file system on all nodes"):

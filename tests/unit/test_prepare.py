@@ -456,6 +456,29 @@ def test_a_fault_in_the_last_file_leaves_nothing(tmp_path):
     assert list((tmp_path / "store").iterdir()) == []
 
 
+@pytest.mark.parametrize("change", ["longer", "same size", "gone"])
+def test_text_that_changes_while_it_is_read_is_refused_by_name(tmp_path, monkeypatch, change):
+    text = tmp_path / "a.txt"
+    lines = random_numerals(200)
+
+    class Meddler(Numerals):
+        def encode(self, documents):
+            if change == "gone":
+                text.unlink(missing_ok=True)
+            else:
+                write_lines(text, [*lines, "10"] if change == "longer" else lines[::-1])
+                os.utime(text, ns=(0, 0))
+            return super().encode(documents)
+
+    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 1000)
+    write_lines(text, lines)
+    with pytest.raises(DataError, match=r"a\.txt was written to or moved while it was read.*Start again when nothing"):
+        prepare([str(text)], tokenizer=Meddler(), output=tmp_path / "store/out", seq_len=16)
+    assert list((tmp_path / "store").iterdir()) == []
+    write_lines(text, lines)
+    assert prepare([str(text)], tokenizer=Numerals(), output=tmp_path / "store/out", seq_len=16).documents == 200
+
+
 PACKED = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda text: zstandard.compress(text, level=1)}
 
 
