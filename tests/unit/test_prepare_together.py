@@ -172,6 +172,29 @@ def test_a_start_that_was_killed_while_putting_parts_together_is_finished_by_the
     assert found == prepared([interrupted / "text"], interrupted / "whole")
 
 
+def test_what_killed_starts_have_left_half_written_goes_with_the_next(interrupted):
+    folder = working_folder(interrupted / "store")
+    finished = {path.name for path in folder.iterdir()}
+    left = [folder / name for name in ("000009-000000.5f0c", "000009-000000.hashes.77aa", ".duplicates.bits.tmp")]
+    for path in (*left, folder / "assembled/blocks-00000.arrow"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"left")
+    with pytest.raises(KeyboardInterrupt):
+        prepared([interrupted / "text"], interrupted / "store/out", tokenizer=Stopped(at=0))
+    assert {path.name for path in folder.iterdir()} == finished
+
+
+def test_what_starts_with_other_options_have_left_is_told(interrupted, caplog):
+    caplog.set_level("INFO")
+    left = working_folder(interrupted / "store")
+    (interrupted / "store/.out.v2.0123456789abcdef.tmp").mkdir()  # another output's
+    (left / "more").write_bytes(bytes(3_000_000))
+    prepared([interrupted / "text"], interrupted / "store/out", seq_len=17)
+    (told,) = [said for said in caplog.messages if "with other text or options" in said]
+    assert told.startswith(f"{left} holds 3.0 MB of a start")
+    assert (left / "more").exists()
+
+
 def test_what_a_start_left_that_was_killed_when_it_had_named_the_output_goes_with_the_next(interrupted):
     leftover = working_folder(interrupted / "store")
     expected = prepared([interrupted / "text"], interrupted / "whole")
