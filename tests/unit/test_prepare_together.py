@@ -481,6 +481,24 @@ def test_a_rank_ends_where_rank_zero_stands_still(port, rank_zero):
     assert "Traceback" not in said
 
 
+SOON = "import distilcb.data.crew; distilcb.data.crew._RANK_ZERO_SPEAKS_FIRST_SECONDS = 0.1"
+
+
+def test_a_fault_of_ours_on_another_rank_is_told_with_where_it_was(port, rank_zero):
+    one = with_rank_one(port, f"{SOON}\ndef divide(): 1 / 0", "with crew: divide()")
+    _, said = one.communicate(timeout=30)
+    assert one.returncode == 2
+    assert "[rank 1] Traceback" in said
+    assert "in divide" in said
+
+
+def test_a_mistake_of_the_users_on_another_rank_is_told_without(port, rank_zero):
+    one = with_rank_one(port, f"{SOON}\nfrom distilcb.errors import DataError", "with crew: raise DataError('no text')")
+    _, said = one.communicate(timeout=30)
+    assert one.returncode == 2
+    assert said == "[rank 1] DataError: no text\n"
+
+
 def test_a_rank_that_was_suspended_itself_goes_on(port, rank_zero):
     one = with_rank_one(port, "", "time.sleep(14); os._exit(0)", silence=6)
     wait_until_it_beats(port)
