@@ -1,5 +1,6 @@
 """Files that a power failure leaves whole: what has its name is on disk."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -24,5 +25,8 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a network file system may have no such thing for folders
+            raise
     finally:
         os.close(descriptor)
