@@ -33,7 +33,7 @@ from distilcb.command_line import number
 from distilcb.config import REPOSITORY
 from distilcb.data.corpus import find_sources, read_documents
 from distilcb.data.damage import Damage
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.errors import ConfigError, TrainingError
 from distilcb.eval.report import as_console, as_markdown
 from distilcb.finetune.runs import alone_in

@@ -22,7 +22,8 @@ import torch
 from distilcb import distributed
 from distilcb.command_line import parse_command_line
 from distilcb.config import REPOSITORY
-from distilcb.engine.checkpoint import Checkpoints, write_durably
+from distilcb.durability import write_durably
+from distilcb.engine.checkpoint import Checkpoints
 from distilcb.engine.step_module import StepModule
 from distilcb.models.families import family_of
 from distilcb.train.build import start_engine, take_place

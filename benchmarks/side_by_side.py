@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distilcb.config import REPOSITORY
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.eval.speed import in_turn, wait_for_device
 
 

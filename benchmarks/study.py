@@ -32,7 +32,7 @@ from distilcb.data.damage import Damage
 from distilcb.data.loader import HeldoutBatches, fixed_heldout_batches
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.errors import DataError, TrainingError
 from distilcb.eval.masked_lm import evaluate
 from distilcb.eval.report import as_console, as_markdown

@@ -25,7 +25,8 @@ from typing import Any
 
 from distilcb.config import REPOSITORY
 from distilcb.distributed import exit_code
-from distilcb.engine.checkpoint import Checkpoints, write_durably
+from distilcb.durability import write_durably
+from distilcb.engine.checkpoint import Checkpoints
 from distilcb.errors import TrainingError
 
 KEEP, SAVE_EVERY, EVAL_EVERY = 2, 3, 5

@@ -16,6 +16,7 @@ from distilcb.data.data_report import DataReport, write_report
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, sum_of_arrays
 from distilcb.data.request import How, Plan
 from distilcb.data.working_folder import wait_until_seen
+from distilcb.durability import sync
 from distilcb.errors import DataError, writing
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,16 @@ class Assembly:
     facts: list[PartFacts]
 
     def finish(self, output: Path, *, seconds: float) -> None:
-        """Give the blocks their names, description and report, and the folder its place."""
+        """Give the blocks their names, description and report, and the folder its place.
+
+        Raises:
+            DataError: a source has changed meanwhile, there is too little text, or the disk is full.
+        """
+        try:
+            self.plan.check_unchanged()
+        except DataError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         facts, vocabulary = self.facts, self.how.tokenizer.vocabulary
         if not self._sum("blocks"):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -58,9 +68,12 @@ class Assembly:
             report = DataReport.of(description, facts, token_counts, lengths, self.how.tokenizer, seconds=seconds)
             write_report(report, assembled)
             self._warn_of_damage(description)
+            for path in (*assembled.iterdir(), assembled):
+                sync(path)
             if output.is_dir():
                 output.rmdir()  # it was empty: rename needs the name free
             assembled.rename(output)
+            sync(output.parent)  # before the parts are deleted
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _description(self, files: list[str]) -> Description:

@@ -11,6 +11,7 @@ import pickle
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -100,6 +101,9 @@ class RanksCrew(Crew):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         """Leave the others; after an error, once they know of it. Ranks but zero end here with exit code 2 then."""
+        if isinstance(error, Exception) and not self.is_main and not isinstance(error, (UserError, _HeardError)):
+            # A fault of ours, of which rank zero is sent one line.
+            print(f"[rank {self.rank}]", *traceback.format_exception(error), file=sys.stderr, flush=True)
         try:
             with _talking():
                 if error is None:

@@ -3,7 +3,7 @@
 Every part's documents are hashed by whoever would pack it, sorted, and kept beside the parts:
 
     <folder>/<part>.hashes   (documents,) uint64, sorted
-    <folder>/<part>.places   (documents,) uint32, where each of them stands in the part
+    <folder>/<part>.places   (documents + 1,) uint32, where each of them stands in the part; last, how many there are
 
 Rank zero then takes one range of hashes after another from all parts, so that memory stays bounded whatever the corpus,
 and writes a bit a document:
@@ -17,6 +17,7 @@ Hashes have 64 bits: among a billion different documents one is taken for anothe
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +30,13 @@ from distilcb.data.damage import Damage
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, PartReader
 from distilcb.data.parts import Part
 from distilcb.data.working_folder import wait_until_seen
+from distilcb.durability import write_durably
 from distilcb.errors import DataError, writing
 
 _BITS, _INDEX = "duplicates.bits", "duplicates.index"
 # Hashes that are compared at a time, about: 24 bytes each.
 _COMPARED_AT_ONCE = 1 << 24
+_IS_SHORT = "does not hold all that was written: is it one file system on all nodes? Start the same command again."
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class HashMaker:
         Raises:
             DataError: text that cannot be read, or files that cannot be written.
         """
-        if not _places(self.folder, part.name).exists():  # written last
+        if _HashedPart.find(self.folder, part.name) is None:
             self._make(part, tick)
         return part.name
 
@@ -66,11 +69,10 @@ class HashMaker:
         with writing(self.folder, DataError, ON_FULL_DISK):
             for path, array in (
                 (_hashes(self.folder, part.name), hashes[order]),
-                (_places(self.folder, part.name), order),
+                (_places(self.folder, part.name), np.append(order, np.uint32(order.size))),
             ):
-                unwritten = path.with_name(f"{path.name}.{os.getpid()}")
-                array.tofile(unwritten)
-                unwritten.replace(path)
+                # Not tofile, which does not say when the disk is full.
+                write_durably(path, array.tobytes(), unwritten=path.with_name(f"{path.name}.{uuid.uuid4().hex}"))
 
 
 def find_duplicates(folder: Path, names: Sequence[str], *, tick: Callable[[], None] = lambda: None) -> int:
@@ -79,7 +81,7 @@ def find_duplicates(folder: Path, names: Sequence[str], *, tick: Callable[[], No
     Raises:
         DataError: files of other nodes that are not seen, or a full disk.
     """
-    parts = [_HashedPart.find(folder, name) for name in names]
+    parts = [_HashedPart.seen(folder, name) for name in names]
     starts = np.cumsum([0, *(-(-part.documents // 8) for part in parts)])
     bits = np.zeros(int(starts[-1]), dtype=np.uint8)
     total = sum(part.documents for part in parts)
@@ -91,8 +93,8 @@ def find_duplicates(folder: Path, names: Sequence[str], *, tick: Callable[[], No
         dropped += _mark(parts, starts, bits, first, last)
     index = {part.name: [int(start), part.documents] for part, start in zip(parts, starts, strict=False)}
     with writing(folder, DataError, ON_FULL_DISK):
-        bits.tofile(folder / _BITS)
-        (folder / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+        write_durably(folder / _BITS, bits.tobytes())
+        write_durably(folder / _INDEX, json.dumps(index))
     return dropped
 
 
@@ -113,10 +115,17 @@ def _mark(parts: "list[_HashedPart]", starts: NDArray[np.int64], bits: NDArray[n
 
 
 def duplicates_of(folder: Path, name: str) -> NDArray[np.bool_]:
-    """(documents,) of a part: whether each was there before."""
+    """(documents,) of a part: whether each was there before.
+
+    Raises:
+        DataError: files of rank zero's that are not seen, or not whole.
+    """
     wait_until_seen(folder / _INDEX)
     start, documents = json.loads((folder / _INDEX).read_text(encoding="utf-8"))[name]
-    bits = np.fromfile(folder / _BITS, dtype=np.uint8, offset=start, count=-(-documents // 8))
+    size = -(-documents // 8)
+    bits = np.fromfile(folder / _BITS, dtype=np.uint8, offset=start, count=size)
+    if bits.size < size:
+        raise DataError(f"{folder / _BITS} {_IS_SHORT}")
     return np.unpackbits(bits, count=documents).astype(bool)
 
 
@@ -129,10 +138,26 @@ class _HashedPart:
     documents: int
 
     @classmethod
-    def find(cls, folder: Path, name: str) -> "_HashedPart":
-        places = _places(folder, name)
-        wait_until_seen(places)
-        return cls(folder, name, places.stat().st_size // 4)
+    def find(cls, folder: Path, name: str) -> "_HashedPart | None":
+        """None where the files are not there, or not whole."""
+        hashes, places = _hashes(folder, name), _places(folder, name)
+        try:
+            with places.open("rb") as stream:
+                stream.seek(-4, os.SEEK_END)
+                documents = int(np.fromfile(stream, dtype=np.uint32)[0])
+            sizes = hashes.stat().st_size, places.stat().st_size
+        except OSError:
+            return None
+        return cls(folder, name, documents) if sizes == (8 * documents, 4 * (documents + 1)) else None
+
+    @classmethod
+    def seen(cls, folder: Path, name: str) -> "_HashedPart":
+        """As `find`, of what another node may have written; DataError where it does not come."""
+        for path in (_hashes(folder, name), _places(folder, name)):
+            wait_until_seen(path)
+        if found := cls.find(folder, name):
+            return found
+        raise DataError(f"{_places(folder, name)} {_IS_SHORT}")
 
     def between(self, first: int, last: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         """Hashes from `first` up to `last`, and their places."""

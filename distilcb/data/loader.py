@@ -128,6 +128,10 @@ def make_batch(task: Masking | NextToken, blocks: np.ndarray, sample_ids: np.nda
     return Batch(*map(torch.from_numpy, (input_ids, labels, labelled, other)))
 
 
+# Batches that each worker has ready.
+FETCHED_AHEAD = 4
+
+
 def training_batches(
     data: MicroBatches, *, first_step: int, last_step: int, workers: int, pin_memory: bool
 ) -> Iterator[Batch]:
@@ -138,7 +142,7 @@ def training_batches(
         batch_size=None,
         sampler=range(first_step * accumulation, last_step * accumulation),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=FETCHED_AHEAD if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=ignore_in_helper,
     )

@@ -160,6 +160,11 @@ class PartMaker:
     def _documents(self, part: Part, damage: Damage, facts: PartFacts) -> Iterator[str]:
         twins = self.twins(part.name) if self.twins else None
         for number, document in enumerate(self.reader.read(part, damage, facts)):
+            if twins is not None and number >= twins.size:
+                raise DataError(
+                    f"{part.name}: more documents than when they were looked through for duplicates. Start again when "
+                    "nothing changes the text."
+                )
             if twins is not None and twins[number]:
                 facts.duplicate_documents += 1
                 continue
@@ -189,7 +194,7 @@ def finished_part(folder: Path, name: str) -> PartFacts | None:
 
 def has_finished_parts(folder: Path) -> bool:
     """Whether a later start would find something to go on from."""
-    return any(folder.glob("*.json"))
+    return any(folder.glob("*.json")) or any(folder.glob("*.places"))  # the latter are of duplicates.py
 
 
 def part_arrays(folder: Path, name: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

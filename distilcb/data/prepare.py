@@ -10,6 +10,7 @@ the parts that are finished.
 """
 
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -136,6 +137,8 @@ def _prepare_content(
     plan: Plan, how: How, content: str, *, output: Path, crew: Crew, show_progress: bool
 ) -> Description:
     started = time.monotonic()
+    # A link stays: what it points to is made.
+    output = crew.from_main("output", lambda: Path(os.path.realpath(output)))
     if there := crew.from_main("there", lambda: made_before(output, content)):
         return there
     with working_folder(output, content, crew) as folder:

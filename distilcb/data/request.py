@@ -70,10 +70,15 @@ class How:
 
 @dataclass(frozen=True)
 class Plan:
-    """What rank zero has found, for all ranks."""
+    """What rank zero has found, for all ranks.
+
+    Attributes:
+        states: of each source that is a file its bytes and its time in nanoseconds, before anything of it was read.
+    """
 
     names: tuple[str, ...]
     sources: tuple[Path | OpenDataset, ...]
+    states: tuple[tuple[int, int] | None, ...]
     units: tuple[Part | Stream, ...]
 
     @property
@@ -85,11 +90,33 @@ class Plan:
         """Bytes on disk."""
         return sum(unit.size for unit in self.units)
 
+    def check_unchanged(self) -> None:
+        """Raise DataError where a file is not what it was before anything of it was read."""
+        for source, before in zip(self.sources, self.states, strict=True):
+            if _state_of(source) != before:
+                raise DataError(
+                    f"{source} was written to or moved while it was read: its blocks would be of neither text, and "
+                    "none are kept. Start again when nothing changes it."
+                )
+
 
 def plan_of(names: Sequence[str], how: How) -> Plan:
     """The sources that the names stand for, cut into parts and streams; DataError where a name stands for nothing."""
     sources = tuple(map(opened, find_sources(names)))
-    return Plan(tuple(names), sources, tuple(cut(sources, text_field=how.text_field, part_bytes=how.part_bytes)))
+    states = tuple(map(_state_of, sources))
+    units = tuple(cut(sources, text_field=how.text_field, part_bytes=how.part_bytes))
+    return Plan(tuple(names), sources, states, units)
+
+
+def _state_of(source: Source) -> tuple[int, int] | None:
+    """None of a data set, and of a file that is gone."""
+    if not isinstance(source, Path):
+        return None
+    try:
+        found = source.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def shared_content_key(plan: Plan, how: How, crew: Crew, *, show_progress: bool) -> str:

@@ -1,6 +1,8 @@
 """The folder beside the output in which parts lie until all are there; one start at a time works in it."""
 
+import glob
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,15 +20,19 @@ log = logging.getLogger(__name__)
 
 # Other nodes may see a file on a shared file system so much later.
 _FILES_ARE_SEEN_WITHIN_SECONDS = 90.0
+# Of parts (packing.py) and of their hashes (duplicates.py); all else is of one start.
+_LASTING = (".arrow", ".npz", ".json", ".hashes", ".places")
 
 
 def made_before(output: Path, content: str) -> Description | None:
     """The description of the output, where it is there already.
 
     Raises:
-        DataError: it is there and is something else.
+        DataError: it is there and is something else, or cannot be replaced when all is done.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        if os.path.ismount(output):
+            raise DataError(f"{output} is a mount point and cannot be replaced: name a folder in it, {output}/blocks.")
         return None
     if is_prepared(output) and (made := read_description(output)).content == content:
         folder, lock_file = _working_names(output, content)
@@ -50,7 +56,8 @@ def _held_by(output: Path) -> str:
 def working_folder(output: Path, content: str, crew: Crew) -> Iterator[Path]:
     """The folder for the parts of this content, beside the output, for one start at a time.
 
-    What is not finished when it is left is gone, and so is the folder where nothing is.
+    What killed starts have not finished is gone when it is entered, and the folder when it is left with nothing
+    finished.
     """
     folder, lock_file = _working_names(output, content)
     if not crew.is_main:
@@ -63,6 +70,8 @@ def working_folder(output: Path, content: str, crew: Crew) -> Iterator[Path]:
     try:
         with writing(output, DataError, "Name a folder that can be written to."):
             folder.mkdir(exist_ok=True)  # not mkdtemp, whose folders are closed to other users
+        _remove_leftovers(folder)
+        _tell_of_others(output, folder)
         if has_finished_parts(folder):
             log.info("%s holds finished parts of an earlier start: going on from there", folder)
         crew.from_main("folder", lambda: None)
@@ -78,6 +87,28 @@ def _working_names(output: Path, content: str) -> tuple[Path, Path]:
     """Of the working folder and of its lock."""
     folder = output.parent / f".{output.name}.{content[:16]}.tmp"
     return folder, folder.with_suffix(".lock")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete what killed starts have left half written."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.suffix not in _LASTING:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _tell_of_others(output: Path, folder: Path) -> None:
+    """Log which folders starts with other text or options have left for the same output: nobody else deletes them."""
+    for other in output.parent.glob(f".{glob.escape(output.name)}.{'[0-9a-f]' * 16}.tmp"):
+        with suppress(OSError):  # the start that it is of ends just now
+            if other != folder:
+                size = sum(path.stat().st_size for path in other.iterdir())
+                log.info(
+                    "%s holds %.1f MB of a start with other text or options: delete it if none is to go on from it",
+                    *(other, size / 1e6),
+                )
 
 
 def _acquired(lock_file: Path, crew: Crew) -> FileLock:

@@ -23,6 +23,7 @@ from typing import Any
 import xxhash
 
 from distilcb.distributed import barrier, is_lost_connection, is_main_process, on_main
+from distilcb.durability import sync, write_durably
 from distilcb.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ class Checkpoints:
             if final.exists():  # damaged, or from a start that died before it could go on
                 shutil.rmtree(final)
             temporary.rename(final)
-            _sync_folder(self.folder)
+            sync(self.folder)
             write_durably(self.folder / "latest", final.name + "\n")
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -208,17 +209,6 @@ def _convert(checkpoint: Path, output: Path) -> None:
         )
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Replace a file's text in one move that survives a power failure."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
 def _see_shards(folder: Path, world_size: int) -> None:
     """Wait until rank zero sees what every rank has written; OSError where it does not come."""
     deadline = time.monotonic() + _SHARDS_ARE_SEEN_WITHIN_SECONDS
@@ -259,11 +249,3 @@ def _fault(path: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

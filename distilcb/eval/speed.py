@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distilcb.distributed import device
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.errors import DataError, ModelError, writing
 from distilcb.eval.report import as_markdown as table
 from distilcb.export.onnx import INT8, ONNX, OnnxModel

@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.errors import ConfigError, ModelError, first_line, writing
 from distilcb.eval.report import as_markdown
 from distilcb.export.model_card import with_results, with_sections

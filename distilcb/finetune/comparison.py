@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.errors import ConfigError, TrainingError, writing
 from distilcb.finetune.objective import Weights
 from distilcb.finetune.report import as_table, summary

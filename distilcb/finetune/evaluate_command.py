@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilcb.command_line import Parser, number
+from distilcb.durability import write_durably
 from distilcb.errors import ConfigError, writing
 from distilcb.finetune.command import LENGTHS
 from distilcb.hub import HUB_PREFIX
@@ -218,7 +219,6 @@ def _evaluate_tasks(options: argparse.Namespace) -> dict[str, Any]:
 
 def _write_page(output: Path, made: dict[str, Any]) -> None:
     """results.html, with speeds where they have been measured into the same folder."""
-    from distilcb.engine.checkpoint import write_durably
     from distilcb.finetune.evaluation_report import as_markdown
     from distilcb.finetune.plots import as_page
     from distilcb.finetune.runs import ON_FULL_DISK, read_json

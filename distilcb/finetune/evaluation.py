@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.errors import ConfigError, TrainingError, writing
 from distilcb.finetune.evaluation_report import as_markdown, summary_of_task
 from distilcb.finetune.models import content_of, longest_sequence

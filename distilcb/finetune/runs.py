@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from distilcb.config import flatten
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.errors import ConfigError, first_line, writing
 from distilcb.finetune.objective import Weights
 from distilcb.finetune.subjects import Subject

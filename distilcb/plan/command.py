@@ -9,8 +9,8 @@ from typing import Any
 
 from distilcb.command_line import CommandLine, Parser, number, parse_command_line
 from distilcb.config import Config, accumulation_steps, even_sizes
+from distilcb.durability import write_durably
 from distilcb.engine import deepspeed_config
-from distilcb.engine.checkpoint import write_durably
 from distilcb.errors import ConfigError, writing
 from distilcb.gpus import GPUS
 from distilcb.plan.prediction import (

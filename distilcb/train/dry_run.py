@@ -17,7 +17,7 @@ from distilcb.config import Config, accumulation_steps
 from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import training_batches
 from distilcb.distributed import all_reduce_sum, barrier, on_main
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.losses.triplet import TERMS, active_terms, divisors
 from distilcb.monitor.metrics import peak_memory_bytes
 from distilcb.train.build import Place, take_place, wire_stepper

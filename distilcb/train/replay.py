@@ -17,7 +17,8 @@ from distilcb.command_line import CommandLine, parse_command_line
 from distilcb.config import Config, flatten
 from distilcb.data.loader import training_batches
 from distilcb.distributed import all_reduce_sum, broadcast_object, on_main
-from distilcb.engine.checkpoint import Checkpoint, Checkpoints, write_durably
+from distilcb.durability import write_durably
+from distilcb.engine.checkpoint import Checkpoint, Checkpoints
 from distilcb.engine.step_module import StepModule
 from distilcb.engine.stepper import StepResult
 from distilcb.errors import CheckpointError, ConfigError, ReplayError, TrainingError, writing

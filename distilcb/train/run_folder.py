@@ -26,7 +26,7 @@ from filelock import FileLock
 
 from distilcb.command_line import CommandLine
 from distilcb.config import REPOSITORY, Config, differences, flatten, to_plain
-from distilcb.engine.checkpoint import write_durably
+from distilcb.durability import write_durably
 from distilcb.errors import CheckpointError, writing
 from distilcb.launcher import is_later_slice, slurm_job
 from distilcb.machine import uses_cuda

@@ -92,8 +92,19 @@ def test_the_benchmark_of_preparing_has_ours_and_the_others(tmp_path):
     assert 50e6 < figures["large"]["peak_bytes_of_a_process"] < 2e9
 
 
+def test_a_process_that_fails_ends_the_benchmark_of_preparing(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, 'benchmarks'); import prepare; "
+        "prepare.peak_of_a_process(Path(sys.argv[1], 'none.txt'), Path(sys.argv[1], 'out'))"
+    )
+    ended = run(sys.executable, "-c", program, tmp_path)
+    assert ended.returncode
+    assert "EOFError" in ended.stderr
+
+
 def test_the_loaders_benchmark_tells_rows_and_waiting(tmp_path):
-    figures, _ = figures_of("loader", tmp_path, "--megabytes", "2", "--folder", tmp_path)
+    figures, said = figures_of("loader", tmp_path, "--megabytes", "2", "--folder", tmp_path)
+    assert ("(not cold: " in said) == (figures["share_of_cold_pages_in_memory"] > 0.01)
     assert figures["shuffled and masked, in this process"]["rows_per_second"] > 100
     assert 0 <= figures["share_of_a_step_waited"] < 0.5
 

@@ -1,6 +1,7 @@
 """Documents that were there before are left out, the first one stays, whatever the cut and whoever works."""
 
 import gzip
+import resource
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from test_prepare import Numerals, all_blocks, files_of, random_numerals
 
 from distilcb.data import duplicates, working_folder
 from distilcb.data.blocks import read_description
+from distilcb.data.packing import PartReader
+from distilcb.data.parts import cut
 from distilcb.data.prepare import prepare
 from distilcb.errors import DataError
 
@@ -85,7 +88,7 @@ def test_documents_that_are_too_short_are_counted_as_such_and_not_as_duplicates(
     assert made.dropped["duplicate_documents"] == len(long) - len(set(long))
 
 
-def test_a_killed_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, monkeypatch):
+def test_a_stopped_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, monkeypatch):
     folder, documents = text
     how = {"tokenizer": Numerals(), "seq_len": 16, "drop_duplicates": True, "part_bytes": 1500}
 
@@ -94,7 +97,6 @@ def test_a_killed_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr("distilcb.data.prepare.find_duplicates", die)
-        patch.setattr("distilcb.data.working_folder.has_finished_parts", lambda _: True)  # as where a kill left them
         with pytest.raises(KeyboardInterrupt):
             prepare([str(folder)], output=tmp_path / "out", **how)
     (left,) = tmp_path.glob(".out.*.tmp")
@@ -108,7 +110,81 @@ def test_a_killed_start_goes_on_from_the_hashes_that_are_there(text, tmp_path, m
     assert read_description(tmp_path / "out").documents == len(set(documents))
 
 
+def test_text_that_grows_between_its_two_readings_is_told(tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"{document}\n" for document in random_numerals(100)))
+    look = duplicates.find_duplicates
+
+    def grow(*words, **more):
+        text.write_text("10 11\n" * 200 + text.read_text())
+        return look(*words, **more)
+
+    monkeypatch.setattr("distilcb.data.prepare.find_duplicates", grow)
+    with pytest.raises(DataError, match="more documents than when they were looked through for duplicates"):
+        prepare([str(text)], tokenizer=Numerals(), output=tmp_path / "out", seq_len=8, drop_duplicates=True)
+
+
 def test_hashes_that_another_node_has_written_and_nobody_sees_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(working_folder, "_FILES_ARE_SEEN_WITHIN_SECONDS", 0.1)
     with pytest.raises(DataError, match="is not seen here: is it one file system on all nodes"):
         duplicates.find_duplicates(tmp_path, ["00000.00000"])
+
+
+@pytest.fixture
+def hashed(tmp_path):
+    """A folder, a maker that has hashed one part into it, and the part."""
+    text = tmp_path / "a.txt"
+    text.write_text("".join(f"{document}\n" for document in random_numerals(100)))
+    (part,) = cut([text], text_field="text")
+    maker = duplicates.HashMaker(PartReader((text,), "text"), tmp_path)
+    maker(part)
+    return tmp_path, maker, part
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+@pytest.mark.parametrize("suffixes", [(".hashes",), (".places",), (".hashes", ".places")])
+def test_hashes_that_a_full_disk_has_cut_are_made_again(hashed, suffixes, share):
+    folder, maker, part = hashed
+    paths = [folder / f"{part.name}{suffix}" for suffix in suffixes]
+    whole = [path.read_bytes() for path in paths]
+    for path, data in zip(paths, whole, strict=True):
+        path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(DataError, match="does not hold all that was written"):
+        duplicates.find_duplicates(folder, [part.name])
+    maker(part)
+    assert [path.read_bytes() for path in paths] == whole
+    assert duplicates.find_duplicates(folder, [part.name]) == 100 - len(set(random_numerals(100)))
+
+
+def test_a_part_without_documents_is_hashed_once(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("\n" * 10)
+    (part,) = cut([tmp_path / "a.txt"], text_field="text")
+    maker = duplicates.HashMaker(PartReader((tmp_path / "a.txt",), "text"), tmp_path)
+    maker(part)
+    monkeypatch.setattr(duplicates.HashMaker, "_make", None)
+    maker(part)
+    assert duplicates.find_duplicates(tmp_path, [part.name]) == 0
+    assert duplicates.duplicates_of(tmp_path, part.name).shape == (0,)
+
+
+def test_a_disk_that_is_full_is_told_and_leaves_no_hashes(hashed):
+    folder, maker, part = hashed
+    for path in folder.glob("*s"):
+        path.unlink()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        with pytest.raises(DataError, match="cannot be written"):
+            maker(part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert duplicates._HashedPart.find(folder, part.name) is None
+
+
+def test_marks_of_duplicates_that_are_cut_are_told(hashed):
+    folder, _, part = hashed
+    duplicates.find_duplicates(folder, [part.name])
+    bits = folder / "duplicates.bits"
+    bits.write_bytes(bits.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"duplicates\.bits does not hold all that was written"):
+        duplicates.duplicates_of(folder, part.name)

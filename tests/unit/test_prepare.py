@@ -393,6 +393,33 @@ def test_an_empty_output_folder_and_missing_parents_are_filled(tmp_path):
         assert len(Blocks(output)) > 0
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_output_that_is_a_link_stays_one_and_what_it_points_to_is_filled(tmp_path, is_there):
+    text = write_lines(tmp_path / "a.txt", random_numerals(20))
+    (tmp_path / "disk").mkdir()
+    if is_there:
+        (tmp_path / "disk/out").mkdir()
+    (tmp_path / "link").symlink_to("disk/out")
+    made = prepare([text], tokenizer=Numerals(), output=tmp_path / "link", seq_len=8)
+    assert (tmp_path / "link").is_symlink()
+    assert read_description(tmp_path / "disk/out") == made
+    again = Numerals()
+    assert prepare([text], tokenizer=again, output=tmp_path / "link", seq_len=8) == made
+    assert again.calls == 0
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
+def test_an_output_that_is_a_mount_point_is_refused_before_the_work(tmp_path, monkeypatch):
+    text, tokenizer = write_lines(tmp_path / "a.txt", random_numerals(20)), Numerals()
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
+    with pytest.raises(DataError, match=r"out is a mount point and cannot be replaced: name .*out/blocks\."):
+        prepare([text], tokenizer=tokenizer, output=tmp_path / "out", seq_len=8)
+    assert tokenizer.calls == 0
+    assert list((tmp_path / "out").iterdir()) == []
+    assert len(prepare([text], tokenizer=tokenizer, output=tmp_path / "out/blocks", seq_len=8).files) == 1
+
+
 def open_files(folder):
     """Files below the folder that this process holds open (and no memory map: those close with the last array)."""
     links = [Path("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
@@ -427,6 +454,29 @@ def test_a_fault_in_the_last_file_leaves_nothing(tmp_path):
     with pytest.raises(DataError, match=r"b\.jsonl, line 2: not JSON"):
         prepare([str(tmp_path)], tokenizer=Numerals(), output=tmp_path / "store/out", seq_len=16)
     assert list((tmp_path / "store").iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["longer", "same size", "gone"])
+def test_text_that_changes_while_it_is_read_is_refused_by_name(tmp_path, monkeypatch, change):
+    text = tmp_path / "a.txt"
+    lines = random_numerals(200)
+
+    class Meddler(Numerals):
+        def encode(self, documents):
+            if change == "gone":
+                text.unlink(missing_ok=True)
+            else:
+                write_lines(text, [*lines, "10"] if change == "longer" else lines[::-1])
+                os.utime(text, ns=(0, 0))
+            return super().encode(documents)
+
+    monkeypatch.setattr(packing, "_BATCH_DOCUMENTS", 1000)
+    write_lines(text, lines)
+    with pytest.raises(DataError, match=r"a\.txt was written to or moved while it was read.*Start again when nothing"):
+        prepare([str(text)], tokenizer=Meddler(), output=tmp_path / "store/out", seq_len=16)
+    assert list((tmp_path / "store").iterdir()) == []
+    write_lines(text, lines)
+    assert prepare([str(text)], tokenizer=Numerals(), output=tmp_path / "store/out", seq_len=16).documents == 200
 
 
 PACKED = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": lambda text: zstandard.compress(text, level=1)}

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -171,6 +172,29 @@ def test_a_start_that_was_killed_while_putting_parts_together_is_finished_by_the
     assert found == prepared([interrupted / "text"], interrupted / "whole")
 
 
+def test_what_killed_starts_have_left_half_written_goes_with_the_next(interrupted):
+    folder = working_folder(interrupted / "store")
+    finished = {path.name for path in folder.iterdir()}
+    left = [folder / name for name in ("000009-000000.5f0c", "000009-000000.hashes.77aa", ".duplicates.bits.tmp")]
+    for path in (*left, folder / "assembled/blocks-00000.arrow"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"left")
+    with pytest.raises(KeyboardInterrupt):
+        prepared([interrupted / "text"], interrupted / "store/out", tokenizer=Stopped(at=0))
+    assert {path.name for path in folder.iterdir()} == finished
+
+
+def test_what_starts_with_other_options_have_left_is_told(interrupted, caplog):
+    caplog.set_level("INFO")
+    left = working_folder(interrupted / "store")
+    (interrupted / "store/.out.v2.0123456789abcdef.tmp").mkdir()  # another output's
+    (left / "more").write_bytes(bytes(3_000_000))
+    prepared([interrupted / "text"], interrupted / "store/out", seq_len=17)
+    (told,) = [said for said in caplog.messages if "with other text or options" in said]
+    assert told.startswith(f"{left} holds 3.0 MB of a start")
+    assert (left / "more").exists()
+
+
 def test_what_a_start_left_that_was_killed_when_it_had_named_the_output_goes_with_the_next(interrupted):
     leftover = working_folder(interrupted / "store")
     expected = prepared([interrupted / "text"], interrupted / "whole")
@@ -190,6 +214,30 @@ def test_a_file_system_without_links_gets_copies(tmp_path, monkeypatch):
     expected = prepared([tmp_path / "text"], tmp_path / "linked")
     monkeypatch.setattr(os, "link", refuse)
     assert prepared([tmp_path / "text"], tmp_path / "copied") == expected
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="needs Linux's /proc/self/fd")
+@pytest.mark.parametrize("links", [True, False])
+def test_all_is_on_disk_before_it_is_named_and_the_name_before_the_parts_are_deleted(tmp_path, monkeypatch, links):
+    write_corpus(tmp_path / "text")
+    (store := tmp_path / "store").mkdir()
+    synced, sync = [], os.fsync
+
+    def noted(descriptor):
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), bool(list(store.glob(".out.*.tmp")))))
+        sync(descriptor)
+
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(os, "fsync", noted)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    prepared([tmp_path / "text"], store / "out")
+    *files, folder = [path for path, _ in synced if "assembled" in path.parts]
+    assert {path.name for path in files} == {path.name for path in (store / "out").iterdir()}
+    assert folder.name == "assembled"
+    assert synced[-1] == (store, True)
 
 
 def test_starts_side_by_side_do_the_work_once(tmp_path):
@@ -431,6 +479,24 @@ def test_a_rank_ends_where_rank_zero_stands_still(port, rank_zero):
     assert one.returncode == 2
     assert "[rank 1] DataError: rank 0 at 127.0.0.1 does not answer for" in said
     assert "Traceback" not in said
+
+
+SOON = "import distilcb.data.crew; distilcb.data.crew._RANK_ZERO_SPEAKS_FIRST_SECONDS = 0.1"
+
+
+def test_a_fault_of_ours_on_another_rank_is_told_with_where_it_was(port, rank_zero):
+    one = with_rank_one(port, f"{SOON}\ndef divide(): 1 / 0", "with crew: divide()")
+    _, said = one.communicate(timeout=30)
+    assert one.returncode == 2
+    assert "[rank 1] Traceback" in said
+    assert "in divide" in said
+
+
+def test_a_mistake_of_the_users_on_another_rank_is_told_without(port, rank_zero):
+    one = with_rank_one(port, f"{SOON}\nfrom distilcb.errors import DataError", "with crew: raise DataError('no text')")
+    _, said = one.communicate(timeout=30)
+    assert one.returncode == 2
+    assert said == "[rank 1] DataError: no text\n"
 
 
 def test_a_rank_that_was_suspended_itself_goes_on(port, rank_zero):

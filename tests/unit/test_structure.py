@@ -11,7 +11,7 @@ from distilcb.config import REPOSITORY
 
 # Parts of a layer import from those before it, and not from each other.
 LAYERS = [
-    {"errors"},
+    {"errors", "durability"},
     {"launcher", "hub", "config", "gpus"},
     {"recipe"},
     {"command_line", "machine"},

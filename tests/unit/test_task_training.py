@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+)
 
 from distilcb.finetune.objective import Weights
 from distilcb.finetune.training import Recipe, train
@@ -31,10 +39,21 @@ def fit(subject, tmp_path, **settings):
     return [value.detach().clone() for value in trainer.model.parameters()], outcome
 
 
-def trained(subject, tmp_path, *, seed=0, teacher=None, weights=_PUBLISHED, lr=1e-3, epochs=2.0, by_length=False):
+def trained(
+    subject,
+    tmp_path,
+    *,
+    kind="classification",
+    seed=0,
+    teacher=None,
+    weights=_PUBLISHED,
+    lr=1e-3,
+    epochs=2.0,
+    by_length=False,
+):
     load, data, collate = subject
     return train(
-        "classification",
+        kind,
         load,
         data,
         collate,
@@ -104,16 +123,44 @@ def test_batches_of_like_lengths_hold_every_row_once_a_pass_in_the_seeds_order(o
     assert batches_read((other, data, collate), tmp_path, by_length=True) == once
 
 
-def test_what_is_said_of_rows_stands_in_their_order(of_many_lengths, tmp_path):
-    _, data, collate = of_many_lengths
-    trainer, _ = trained(of_many_lengths, tmp_path, by_length=True)
+def classified(text, number):
+    return {"text": text, "label": number % 2}
+
+
+def tagged(text, number):
+    return {"tokens": text.split(), "tags": [number % 9] * len(text.split())}
+
+
+def asked(text, number):
+    answers = {"text": ["Lyon"], "answer_start": [len(text) + 2]}
+    return {"question": f"Où, {number} ?", "context": f"{text}à Lyon.", "answers": answers}
+
+
+@pytest.mark.parametrize(
+    ("task", "row_of", "model_of", "collator"),
+    [
+        ("allocine_fr", classified, AutoModelForSequenceClassification, DataCollatorWithPadding),
+        ("ner_fr", tagged, AutoModelForTokenClassification, DataCollatorForTokenClassification),
+        ("fquad", asked, AutoModelForQuestionAnswering, DataCollatorWithPadding),
+    ],
+)
+def test_what_is_said_of_rows_stands_in_their_order(mini_teacher, tmp_path, task, row_of, model_of, collator):
+    tokenizer, task = AutoTokenizer.from_pretrained(mini_teacher), TASKS[task]
+    rows = [row_of("un bon " * (2 + 7 * number % 16), number) for number in range(64)]
+    data = encode(rows, task, tokenizer, max_length=128, stride=64).features
+    assert len(data) == 64
+    config = AutoConfig.from_pretrained(mini_teacher, num_hidden_layers=1, num_labels=len(task.labels) or 2)
+    collate = collator(tokenizer)
+    subject = (lambda: model_of.from_config(config, dtype=torch.float32)), data, collate
+    trainer, _ = trained(subject, tmp_path, kind=task.kind, epochs=0.25, by_length=True)
     said = trainer.logits_of(data)
+    assert isinstance(said, tuple) == (task.kind == "question_answering")
     for number in (0, 3, 17, 31):
-        row = {name: value for name, value in collate([data[number]]).items() if name != "labels"}
-        row.pop("token_type_ids")
         with torch.no_grad():
-            alone = trainer.model.eval()(**row).logits[0]
-        torch.testing.assert_close(torch.tensor(said[number]), alone, rtol=1e-4, atol=1e-5)
+            alone = trainer.model.eval()(**collate([{"input_ids": data[number]["input_ids"]}])).to_tuple()
+        for of_all, of_one in zip(said if isinstance(said, tuple) else (said,), alone, strict=True):
+            unpadded = torch.tensor(of_all[number])[: of_one.shape[1]]
+            torch.testing.assert_close(unpadded, of_one[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_teacher_without_weight_changes_nothing(subject, tmp_path):
