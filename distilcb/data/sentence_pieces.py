@@ -12,6 +12,8 @@ Hugging Face tokenizer:
 - Special tokens that the normaliser spells: the Hugging Face tokenizer finds "<mask>" in full-width signs.
 - Signs with a combining one behind them ("ⁿ" with an accent): the Hugging Face tokenizer loses the accent.
 
+A tokenizer that takes added words from the text as they stand ("<PERSONNE>") is left to Hugging Face altogether.
+
 A sample of each corpus is compared before the library is relied on; that nothing else differs is not proven.
 """
 
@@ -65,9 +67,11 @@ class SentencePieceEncoder:
     """Text to ids through the sentencepiece library. It pickles."""
 
     def __init__(self, model: Path, tokenizer: TextTokenizer, *, threads: int = 1) -> None:
-        """Raises ValueError where the model has pieces that the tokenizer has not."""
+        """Raises ValueError where the model has pieces that the tokenizer has not, or the tokenizer added words."""
         self.model, self.threads = str(model), threads
         self.by_hugging_face = tokenizer.encoder
+        if added := _added_words(tokenizer):
+            raise ValueError(f"it does not know words that were added to the tokenizer, such as {added[0]!r}")
         self._ids = _ids_of_pieces(self._library, tokenizer)
         self._units = _units(self._library)
         self._leads = _leads(self._library, tokenizer.encoder)
@@ -186,6 +190,11 @@ def _joining_characters() -> frozenset[str]:
     marks = {chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Mn", "Me", "Mc")}
     modifiers = {chr(code) for code in (*range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))}
     return frozenset(marks | modifiers | set("\u200c\u200d\uff9e\uff9f\u0e33\u0eb3"))
+
+
+def _added_words(tokenizer: TextTokenizer) -> list[str]:
+    """The added tokens that are taken from the text: those that hold no special one, which is broken up there."""
+    return [word for word in tokenizer.hugging_face.get_added_vocab() if tokenizer.encoder.as_text(word) == word]
 
 
 def _ids_of_pieces(library: Any, tokenizer: TextTokenizer) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from distilcb.config import REPOSITORY
 from distilcb.data import sentence_pieces
@@ -174,6 +175,38 @@ def test_a_model_that_cannot_be_read_is_not_used_and_that_is_said(tmp_path, capl
     with caplog.at_level(logging.INFO):
         assert faster_encoder(TextTokenizer(str(folder)), FRENCH) is None
     assert "is of no use" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "camembert",
+        AddedToken("<PERSONNE>", normalized=False, lstrip=True, rstrip=True),
+        AddedToken("New York", single_word=True),
+        AddedToken("[ENT]", special=True, normalized=False),
+        "§",
+    ],
+    ids=str,
+)
+def test_words_added_to_the_tokenizer_are_left_to_it_and_that_is_said(tmp_path, caplog, word):
+    folder = copy_of_teacher(tmp_path / "t")
+    tokenizer = TextTokenizer(str(folder)).hugging_face
+    assert tokenizer.add_tokens([word]) == 1
+    tokenizer.save_pretrained(folder)
+    added = TextTokenizer(str(folder))
+    with caplog.at_level(logging.INFO):
+        assert faster_encoder(added, FRENCH) is None
+    assert f"words that were added to the tokenizer, such as {str(word)!r}" in caplog.text
+    assert added.encode([f"un {word} demain"])[0].count(len(added.hugging_face) - 1) == 1
+
+
+def test_tokens_that_are_broken_up_in_the_text_are_no_words_of_it(tmp_path):
+    folder = copy_of_teacher(tmp_path / "t")
+    tokenizer = TextTokenizer(str(folder)).hugging_face
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<ENTITÉ>"]})
+    tokenizer.add_tokens([AddedToken("<s>AUTRE", normalized=False)])
+    tokenizer.save_pretrained(folder)
+    assert faster_encoder(TextTokenizer(str(folder)), [*FRENCH, "un <ENTITÉ> et <s>AUTRE"]) is not None
 
 
 def test_a_model_whose_ids_differ_is_not_used_and_that_is_said(tmp_path, caplog):
