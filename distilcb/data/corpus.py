@@ -257,10 +257,52 @@ def _open_bytes(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             with gzip.open(file) as stream:
                 yield stream, file.tell  # type: ignore[misc]
         elif path.suffix == ".xz":
-            with lzma.open(file) as stream:
-                yield stream, file.tell
+            yield io.BufferedReader(_XzStreams(file), buffer_size=1 << 16), file.tell
         else:
             yield file, file.tell
+
+
+class _XzStreams(io.RawIOBase):
+    """What all streams of an .xz hold.
+
+    lzma.open ends without a word where what follows a stream is damaged, or is the padding that the format allows.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._ahead = file, b""
+        self._stream = lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._stream.eof and not self._begin_next():
+                return 0
+            taken = b""
+            if self._stream.needs_input:
+                taken, self._ahead = self._ahead or self._file.read(io.DEFAULT_BUFFER_SIZE), b""
+                if not taken:
+                    raise EOFError
+            data = self._stream.decompress(taken, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _begin_next(self) -> bool:
+        """Whether there is another stream; LZMAError where something else follows."""
+        padding, after = 0, self._stream.unused_data
+        while after or (after := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+            padding += len(after)
+            after = after.lstrip(b"\0")
+            padding -= len(after)
+            if after:
+                break
+        if padding % 4:
+            raise lzma.LZMAError("zero bytes after a stream, not in fours")
+        if after:
+            self._stream, self._ahead = lzma.LZMADecompressor(lzma.FORMAT_XZ), after
+        return bool(after)
 
 
 def _lines(path: Path, start: int, end: int | None) -> Iterator[bytes]:

@@ -87,6 +87,24 @@ def test_files_that_were_compressed_in_parts_are_read_to_the_end(tmp_path, compr
     assert read(path)[0] == ["document 0", "document 1", "document 2"]
 
 
+@pytest.mark.parametrize("padding", [4, 8, 4 * 5000])
+@pytest.mark.parametrize(
+    "after",
+    [b"", lzma.compress(b"deux\n"), lzma.compress(b"") * 3000 + lzma.compress(b"deux\n")],
+    ids=["nothing", "a stream", "many streams"],
+)
+def test_zero_bytes_in_fours_between_xz_streams_are_no_end(tmp_path, padding, after):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"un\n") + bytes(padding) + after)
+    assert read(path) == (["un", "deux"] if after else ["un"], {})
+
+
+def test_a_file_in_the_format_before_xz_is_read(tmp_path):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"un\ndeux\n", lzma.FORMAT_ALONE))
+    assert read(path) == (["un", "deux"], {})
+
+
 def test_the_last_line_needs_no_line_end_and_any_line_end_will_do(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("un\r\ndeux\n\ttrois  \u00a0 quatre\u2028cinq ".encode())
@@ -256,6 +274,34 @@ def test_a_compressed_file_with_damaged_bytes_is_refused(tmp_path, compression):
         damaged[start : start + 60] = b"\xff" * 60
         path.write_bytes(damaged)
         assert "Fetch or make the file again" in fault(path)
+
+
+SECOND = lzma.compress("\n".join(LONG).encode())
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        SECOND[:60] + b"\xff" * 60 + SECOND[120:],
+        b"\xff" * 60 + SECOND[60:],
+        SECOND[: len(SECOND) // 2],
+        SECOND[:-1],
+        SECOND[:5],
+        b"plain text",
+        bytes(3),
+        bytes(5) + SECOND,
+        bytes(8192) + b"x",
+    ],
+    ids=["damaged", "damaged at once", "half", "all but a byte", "five bytes", "text", "3", "5 and more", "far"],
+)
+def test_what_follows_an_xz_stream_and_is_no_whole_one_is_refused_or_counted(tmp_path, after):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"un\ndeux\n") + after)
+    assert "Fetch or make the file again" in fault(path)
+    damage = Damage(skips=True)
+    documents = list(read_documents(path, text_field="text", damage=damage))
+    assert documents[:2] == ["un", "deux"]
+    assert damage.damaged_files == 1
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS[1:])
