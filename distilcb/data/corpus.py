@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,7 +64,7 @@ def find_sources(names: Sequence[str]) -> list[Source]:
 def _files(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+        files = sorted(p for p in _below(path) if _format(p) and p.is_file())
     elif path.is_file():
         if not _format(path):
             raise DataError(f"{name}: not a format that can be read. Needed: a name that ends in {_readable()}.")
@@ -75,6 +76,23 @@ def _files(name: str) -> list[Path]:
         what = "has no readable file" if path.is_dir() or matches else "does not exist"
         raise DataError(f"{name} {what}. Needed: a file, folder or glob of {_readable()}.")
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What is no folder below this one, links to folders followed; OSError at a folder that is closed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set[str]()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to where it has been, or is
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, name) for name in names)
 
 
 def read_documents(

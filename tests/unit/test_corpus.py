@@ -1,5 +1,6 @@
 """Sources of text: the same documents from every format, and faults that are named or survived, never passed over."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -139,6 +140,33 @@ def test_a_folder_stands_for_its_readable_files_sorted(tmp_path):
         (tmp_path / name).write_text("not for reading")
     (tmp_path / "folder.txt").mkdir()
     assert names(find_sources([str(tmp_path)]), tmp_path) == ["a.jsonl.gz", "b.txt", "d.v2.txt.xz", "deep/er/c.parquet"]
+
+
+def test_links_to_folders_are_followed_each_folder_once(tmp_path):
+    for name in ["text/a.txt", "text/deep/c.txt", "elsewhere/b.txt", "elsewhere/more/d.txt"]:
+        write(tmp_path / name)
+    (tmp_path / "text/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text/loop").symlink_to(tmp_path / "text")
+    (tmp_path / "text/twice").symlink_to(tmp_path / "elsewhere/more")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "text/deep")
+    (tmp_path / "text/gone").symlink_to(tmp_path / "nowhere")
+    found = names(find_sources([str(tmp_path / "text")]), tmp_path / "text")
+    assert found == ["a.txt", "b/b.txt", "b/back/c.txt", "b/more/d.txt"]
+
+
+def test_a_closed_folder_within_a_folder_is_refused_by_name(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt")
+    write(tmp_path / "closed/b.txt")
+    look = os.scandir
+
+    def look_as_somebody_else(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", look_as_somebody_else)
+    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied: .*/closed"):
+        find_sources([str(tmp_path)])
 
 
 def test_a_glob_stands_for_the_readable_files_that_match(tmp_path):
