@@ -44,7 +44,9 @@ _NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
-    """What the names stand for, without repeats: readable files, sorted within each folder or glob, and hub:… names.
+    """What the names stand for: readable files, sorted within each folder or glob, and hub:… names.
+
+    A file that comes again, by whatever path, is left out.
 
     Raises:
         DataError: a name that stands for nothing, or for nothing readable.
@@ -58,7 +60,10 @@ def find_sources(names: Sequence[str]) -> list[Source]:
             found += _files(name)
         except (OSError, RuntimeError) as error:  # a closed folder of somebody else; the home of nobody
             raise DataError(f"{name} cannot be read: {first_line(error)}.") from error
-    return list(dict.fromkeys(found))
+    once: dict[Source, Source] = {}
+    for source in found:
+        once.setdefault(source.resolve() if isinstance(source, Path) else source, source)
+    return list(once.values())
 
 
 def _files(name: str) -> list[Path]:

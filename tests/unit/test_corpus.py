@@ -184,6 +184,15 @@ def test_sources_keep_the_order_of_the_names_and_are_read_once(tmp_path):
     assert names(find_sources(given), tmp_path) == ["b.txt", "a.txt", "deep/c.txt"]
 
 
+def test_one_file_by_several_paths_is_read_once_by_the_first(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt")
+    write(tmp_path / "deep/b.txt")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    monkeypatch.chdir(tmp_path)
+    given = ["a.txt", str(tmp_path / "a.txt"), "deep/../a.txt", "link.txt", f"{tmp_path}/deep", "deep/*.txt"]
+    assert find_sources(given) == [Path("a.txt"), tmp_path / "deep/b.txt"]
+
+
 def test_a_file_name_with_the_signs_of_a_glob_is_a_file(tmp_path):
     path = write(tmp_path / "a[1]*.txt")
     write(tmp_path / "a1.txt")
