@@ -40,6 +40,7 @@ Source = Path | HubDataset | OpenDataset
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
 _PIECE_CHARACTERS = 1 << 20
+_SKIPPED_AT_ONCE = 1 << 20
 _NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_field)."
 
 
@@ -333,8 +334,12 @@ def _lines(path: Path, start: int, end: int | None) -> Iterator[bytes]:
     with _open_bytes(path) as (stream, _):
         position = start
         if start:
-            stream.seek(start - 1)
-            position += len(stream.readline()) - 1  # of the line that begins before
+            position, line = stream.seek(start - 1), b""
+            while not line.endswith(b"\n") and (end is None or position < end):  # the one that begins before
+                line = stream.readline(_SKIPPED_AT_ONCE)
+                if not line:
+                    return
+                position += len(line)
         if end is None:
             yield from stream
             return
