@@ -216,8 +216,11 @@ def is_table(source: Source) -> bool:
     return not isinstance(source, Path) or source.suffix == ".parquet"
 
 
-def table_groups(source: Source, *, text_field: str) -> list[tuple[int, int]]:
+def table_groups(source: Source, *, text_field: str, skip_damaged: bool = False) -> list[tuple[int, int]]:
     """(rows, bytes of text, about) of each stretch of a table that is stored together.
+
+    Args:
+        skip_damaged: give of a file that is no table one stretch of no rows; whoever reads it counts the damage.
 
     Raises:
         DataError: not a table, or no such column.
@@ -227,10 +230,11 @@ def table_groups(source: Source, *, text_field: str) -> list[tuple[int, int]]:
         rows = source.rows
         _check_column(source, rows.column_names, text_field)
         return [(len(rows), rows.data.column(text_field).nbytes)]
-    with naming(source), _open_table(source) as table:
+    with naming(source, Damage(skips=skip_damaged)), _open_table(source) as table:
         _check_column(source, table.schema_arrow.names, text_field)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         return [(group.num_rows, _column_bytes(group, text_field)) for group in groups]
+    return [(0, 0)]
 
 
 def _column_bytes(group: Any, text_field: str) -> int:
@@ -396,7 +400,7 @@ def _of_lines(
 
 @contextmanager
 def _open_table(path: Path) -> Iterator[Any]:
-    """A pyarrow ParquetFile; a compressed one is unpacked on disk."""
+    """A pyarrow ParquetFile; a compressed one is unpacked on disk. OSError where it is damaged."""
     import pyarrow
     import pyarrow.parquet
 
@@ -409,7 +413,7 @@ def _open_table(path: Path) -> Iterator[Any]:
             # With a buffer, a row group's column is read bit by bit and not whole.
             yield pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20)
         except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{path}: not parquet ({error}).") from error
+            raise OSError(f"not parquet ({error})") from error
 
 
 def _read_parquet(path: Path, text_field: str, start: int, end: int | None) -> Iterator[str | bytes]:

@@ -65,7 +65,7 @@ def prepare(
         text_field: the text's name in .jsonl and .parquet.
         min_characters: documents with fewer are left out.
         drop_duplicates: of documents that are the same word for word the first one stays.
-        skip_damaged: read on past compressed files that end in the middle, and records that are no JSON; counted.
+        skip_damaged: read on past compressed files and tables that are damaged, and records that are no JSON; counted.
         part_bytes: of text that is packed together; the tokens at its end that fill no block are lost.
         processes: on this rank.
         threads: of the tokenizer, in each process.

@@ -89,7 +89,8 @@ class Plan:
 def plan_of(names: Sequence[str], how: How) -> Plan:
     """The sources that the names stand for, cut into parts and streams; DataError where a name stands for nothing."""
     sources = tuple(map(opened, find_sources(names)))
-    return Plan(tuple(names), sources, tuple(cut(sources, text_field=how.text_field, part_bytes=how.part_bytes)))
+    units = cut(sources, text_field=how.text_field, part_bytes=how.part_bytes, skip_damaged=how.skip_damaged)
+    return Plan(tuple(names), sources, tuple(units))
 
 
 def shared_content_key(plan: Plan, how: How, crew: Crew, *, show_progress: bool) -> str:

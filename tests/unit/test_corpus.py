@@ -338,7 +338,7 @@ def test_what_follows_an_xz_stream_and_is_no_whole_one_is_refused_or_counted(tmp
     damage = Damage(skips=True)
     documents = list(read_documents(path, text_field="text", damage=damage))
     assert documents[:2] == ["un", "deux"]
-    assert damage.damaged_files == 1
+    assert damage.damaged == [str(path)]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS[1:])

@@ -458,6 +458,31 @@ def test_a_broken_stream_of_nothing_is_counted(tmp_path):
     assert (made.documents, made.damage["damaged_files"]) == (500, 1)
 
 
+@pytest.mark.parametrize("part_bytes", [1 << 22, 3000], ids=["one part", "many parts"])
+@pytest.mark.parametrize("damage", ["no end", "pages", "no parquet"])
+def test_a_damaged_table_is_refused_or_skipped_and_counted_once(tmp_path, damage, part_bytes):
+    table = pyarrow.table({"text": random_numerals(6000, seed=1)})
+    path = tmp_path / "damaged.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=3000, use_dictionary=False, data_page_size=1000)
+    whole = path.read_bytes()
+    later = len(whole) * 3 // 4
+    path.write_bytes(
+        {
+            "no end": whole[:later],
+            "pages": whole[:later] + b"\xff" * 5000 + whole[later + 5000 :],
+            "no parquet": b"no parquet at all",
+        }[damage]
+    )
+    good = write_lines(tmp_path / "good.txt", random_numerals(500, seed=2))
+    how = {"tokenizer": Numerals(), "seq_len": 16, "part_bytes": part_bytes}
+    with pytest.raises(DataError, match=r"damaged\.parquet: .*--skip_damaged"):
+        prepare([good, str(path)], output=tmp_path / "refused", **how)
+    made = prepare([good, str(path)], output=tmp_path / "out", skip_damaged=True, **how)
+    assert made.damage["damaged_files"] == 1
+    first_group = 3000 if damage == "pages" else 0
+    assert 500 + first_group <= made.documents < 6500
+
+
 def test_records_that_are_no_json_are_left_out_and_counted(tmp_path):
     lines = [json.dumps({"text": line}) for line in random_numerals(300)]
     text = write_lines(tmp_path / "a.jsonl", [*lines[:100], '{"text": "1 2', *lines[100:], '{"te'])
