@@ -1,8 +1,10 @@
 """Sources of text: files, folders, globs and data sets of the hub, read as a stream of documents."""
 
+import bisect
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -235,6 +237,12 @@ def table_groups(source: Source, *, text_field: str, skip_damaged: bool = False)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         return [(group.num_rows, _column_bytes(group, text_field)) for group in groups]
     return [(0, 0)]
+
+
+def start_of_group(source: Path, row: int, *, text_field: str) -> int:
+    """The first of the rows that are stored together with this one, before which nothing need be decoded."""
+    starts = list(itertools.accumulate((rows for rows, _ in table_groups(source, text_field=text_field)), initial=0))
+    return starts[bisect.bisect_right(starts, row) - 1]
 
 
 def _column_bytes(group: Any, text_field: str) -> int:
