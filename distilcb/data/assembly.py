@@ -114,7 +114,9 @@ class Assembly:
 
     def _damage(self) -> dict[str, int]:
         """What was survived; the newer counts where they are not zero."""
-        counts = {each.name: sum(part.damage.get(each.name, 0) for part in self.facts) for each in fields(Damage)}
+        names = [each.name for each in fields(Damage) if each.name != "damaged"]
+        counts = {name: sum(part.damage.get(name, 0) for part in self.facts) for name in names}
+        counts["damaged_files"] = len({file for part in self.facts for file in part.damage.get("damaged", [])})
         return {name: count for name, count in counts.items() if count or not name.startswith("damaged_")}
 
     def _warn_of_damage(self, made: Description) -> None:

@@ -1,10 +1,13 @@
 """Sources of text: files, folders, globs and data sets of the hub, read as a stream of documents."""
 
+import bisect
 import glob
 import gzip
 import io
+import itertools
 import json
 import lzma
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,11 +42,14 @@ Source = Path | HubDataset | OpenDataset
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
 _PIECE_CHARACTERS = 1 << 20
+_SKIPPED_AT_ONCE = 1 << 20
 _NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_field)."
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
-    """What the names stand for, without repeats: readable files, sorted within each folder or glob, and hub:… names.
+    """What the names stand for: readable files, sorted within each folder or glob, and hub:… names.
+
+    A file that comes again, by whatever path, is left out.
 
     Raises:
         DataError: a name that stands for nothing, or for nothing readable.
@@ -57,13 +63,16 @@ def find_sources(names: Sequence[str]) -> list[Source]:
             found += _files(name)
         except (OSError, RuntimeError) as error:  # a closed folder of somebody else; the home of nobody
             raise DataError(f"{name} cannot be read: {first_line(error)}.") from error
-    return list(dict.fromkeys(found))
+    once: dict[Source, Source] = {}
+    for source in found:
+        once.setdefault(source.resolve() if isinstance(source, Path) else source, source)
+    return list(once.values())
 
 
 def _files(name: str) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and _format(p))
+        files = sorted(p for p in _below(path) if _format(p) and p.is_file())
     elif path.is_file():
         if not _format(path):
             raise DataError(f"{name}: not a format that can be read. Needed: a name that ends in {_readable()}.")
@@ -75,6 +84,23 @@ def _files(name: str) -> list[Path]:
         what = "has no readable file" if path.is_dir() or matches else "does not exist"
         raise DataError(f"{name} {what}. Needed: a file, folder or glob of {_readable()}.")
     return files
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What is no folder below this one, links to folders followed; OSError at a folder that is closed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    seen = set[str]()
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to where it has been, or is
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(place, name) for name in names)
 
 
 def read_documents(
@@ -192,8 +218,11 @@ def is_table(source: Source) -> bool:
     return not isinstance(source, Path) or source.suffix == ".parquet"
 
 
-def table_groups(source: Source, *, text_field: str) -> list[tuple[int, int]]:
+def table_groups(source: Source, *, text_field: str, skip_damaged: bool = False) -> list[tuple[int, int]]:
     """(rows, bytes of text, about) of each stretch of a table that is stored together.
+
+    Args:
+        skip_damaged: give of a file that is no table one stretch of no rows; whoever reads it counts the damage.
 
     Raises:
         DataError: not a table, or no such column.
@@ -203,10 +232,17 @@ def table_groups(source: Source, *, text_field: str) -> list[tuple[int, int]]:
         rows = source.rows
         _check_column(source, rows.column_names, text_field)
         return [(len(rows), rows.data.column(text_field).nbytes)]
-    with naming(source), _open_table(source) as table:
+    with naming(source, Damage(skips=skip_damaged)), _open_table(source) as table:
         _check_column(source, table.schema_arrow.names, text_field)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         return [(group.num_rows, _column_bytes(group, text_field)) for group in groups]
+    return [(0, 0)]
+
+
+def start_of_group(source: Path, row: int, *, text_field: str) -> int:
+    """The first of the rows that are stored together with this one, before which nothing need be decoded."""
+    starts = list(itertools.accumulate((rows for rows, _ in table_groups(source, text_field=text_field)), initial=0))
+    return starts[bisect.bisect_right(starts, row) - 1]
 
 
 def _column_bytes(group: Any, text_field: str) -> int:
@@ -257,10 +293,52 @@ def _open_bytes(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             with gzip.open(file) as stream:
                 yield stream, file.tell  # type: ignore[misc]
         elif path.suffix == ".xz":
-            with lzma.open(file) as stream:
-                yield stream, file.tell
+            yield io.BufferedReader(_XzStreams(file), buffer_size=1 << 16), file.tell
         else:
             yield file, file.tell
+
+
+class _XzStreams(io.RawIOBase):
+    """What all streams of an .xz hold.
+
+    lzma.open ends without a word where what follows a stream is damaged, or is the padding that the format allows.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._ahead = file, b""
+        self._stream = lzma.LZMADecompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._stream.eof and not self._begin_next():
+                return 0
+            taken = b""
+            if self._stream.needs_input:
+                taken, self._ahead = self._ahead or self._file.read(io.DEFAULT_BUFFER_SIZE), b""
+                if not taken:
+                    raise EOFError
+            data = self._stream.decompress(taken, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _begin_next(self) -> bool:
+        """Whether there is another stream; LZMAError where something else follows."""
+        padding, after = 0, self._stream.unused_data
+        while after or (after := self._file.read(io.DEFAULT_BUFFER_SIZE)):
+            padding += len(after)
+            after = after.lstrip(b"\0")
+            padding -= len(after)
+            if after:
+                break
+        if padding % 4:
+            raise lzma.LZMAError("zero bytes after a stream, not in fours")
+        if after:
+            self._stream, self._ahead = lzma.LZMADecompressor(lzma.FORMAT_XZ), after
+        return bool(after)
 
 
 def _lines(path: Path, start: int, end: int | None) -> Iterator[bytes]:
@@ -268,8 +346,12 @@ def _lines(path: Path, start: int, end: int | None) -> Iterator[bytes]:
     with _open_bytes(path) as (stream, _):
         position = start
         if start:
-            stream.seek(start - 1)
-            position += len(stream.readline()) - 1  # of the line that begins before
+            position, line = stream.seek(start - 1), b""
+            while not line.endswith(b"\n") and (end is None or position < end):  # the one that begins before
+                line = stream.readline(_SKIPPED_AT_ONCE)
+                if not line:
+                    return
+                position += len(line)
         if end is None:
             yield from stream
             return
@@ -326,7 +408,7 @@ def _of_lines(
 
 @contextmanager
 def _open_table(path: Path) -> Iterator[Any]:
-    """A pyarrow ParquetFile; a compressed one is unpacked on disk."""
+    """A pyarrow ParquetFile; a compressed one is unpacked on disk. OSError where it is damaged."""
     import pyarrow
     import pyarrow.parquet
 
@@ -339,7 +421,7 @@ def _open_table(path: Path) -> Iterator[Any]:
             # With a buffer, a row group's column is read bit by bit and not whole.
             yield pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20)
         except pyarrow.ArrowInvalid as error:
-            raise DataError(f"{path}: not parquet ({error}).") from error
+            raise OSError(f"not parquet ({error})") from error
 
 
 def _read_parquet(path: Path, text_field: str, start: int, end: int | None) -> Iterator[str | bytes]:

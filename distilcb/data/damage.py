@@ -1,4 +1,4 @@
-"""What is wrong with text and is survived: odd bytes, control characters; on request files that end in the middle."""
+"""What is wrong with text and is survived: odd bytes, control characters; on request files that are damaged."""
 
 import logging
 import lzma
@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import IO
 
 from distilcb.errors import DataError
@@ -25,21 +25,22 @@ class Damage:
     """What was survived while reading: counted, and reported in the description of the blocks.
 
     skips: whether files that end in the middle and records that are no JSON are survived too.
+    damaged: names of these files. Several parts may meet the damage of one.
     """
 
     empty_documents: int = 0
     undecodable_documents: int = 0
     control_characters: int = 0
-    damaged_files: int = 0
     damaged_records: int = 0
+    damaged: list[str] = field(default_factory=list)
     skips: InitVar[bool] = False
 
     def __post_init__(self, skips: bool) -> None:
         self.may_skip = skips
 
     def survive(self, source: object, fault: object) -> None:
-        """Count a file that ends in the middle."""
-        self.damaged_files += 1
+        """Note a file that is damaged."""
+        self.damaged.append(str(source))
         log.warning("%s is damaged (%s): what comes before that is kept", source, fault)
 
 

@@ -69,7 +69,7 @@ class PartFacts:
     dropped_blocks: int = 0
     short_documents: int = 0
     duplicate_documents: int = 0
-    damage: dict[str, int] = field(default_factory=dict)
+    damage: dict[str, Any] = field(default_factory=dict)
     read: dict[int, list[int]] = field(default_factory=dict)
     files: dict[str, list[Any]] = field(default_factory=dict)
 

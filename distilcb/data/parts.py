@@ -100,8 +100,13 @@ class Share:
         return sum(part.text_bytes for part in self.parts) + sum(streams)
 
 
-def cut(sources: Sequence[Source], *, text_field: str, part_bytes: int = PART_BYTES) -> list[Part | Stream]:
+def cut(
+    sources: Sequence[Source], *, text_field: str, part_bytes: int = PART_BYTES, skip_damaged: bool = False
+) -> list[Part | Stream]:
     """The corpus in parts, in its order.
+
+    Args:
+        skip_damaged: leave what is wrong with a table to whoever reads it.
 
     Raises:
         DataError: a table that cannot be read.
@@ -122,7 +127,7 @@ def cut(sources: Sequence[Source], *, text_field: str, part_bytes: int = PART_BY
             end_part()
             units.append(Stream(len(units), number, _size(source)))
             continue
-        for span in _spans(number, source, text_field, part_bytes):
+        for span in _spans(number, source, text_field, part_bytes, skip_damaged):
             if filled + span.text_bytes > part_bytes:
                 end_part()
             spans.append(span)
@@ -159,9 +164,10 @@ def share_out(units: Sequence[Part | Stream], *, ranks: int) -> list[Share]:
     ]
 
 
-def _spans(number: int, source: Source, text_field: str, part_bytes: int) -> Iterator[Span]:
+def _spans(number: int, source: Source, text_field: str, part_bytes: int, skip_damaged: bool) -> Iterator[Span]:
     if is_table(source):
-        yield from _table_spans(number, source, text_field, part_bytes)
+        groups = table_groups(source, text_field=text_field, skip_damaged=skip_damaged)
+        yield from _table_spans(number, groups, part_bytes)
         return
     size = _size(source)
     compressed = is_compressed(source)
@@ -174,10 +180,10 @@ def _spans(number: int, source: Source, text_field: str, part_bytes: int) -> Ite
         yield Span(number, end - start, end - start, start, end)
 
 
-def _table_spans(number: int, source: Source, text_field: str, part_bytes: int) -> Iterator[Span]:
+def _table_spans(number: int, groups: list[tuple[int, int]], part_bytes: int) -> Iterator[Span]:
     """Stored groups of rows, those that are too big in pieces."""
     first = 0
-    for rows, text_bytes in table_groups(source, text_field=text_field):
+    for rows, text_bytes in groups:
         pieces = max(1, min(rows, math.ceil(text_bytes / part_bytes)))
         edges = [first + rows * piece // pieces for piece in range(pieces + 1)]
         for start, end in itertools.pairwise(edges):

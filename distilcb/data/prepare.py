@@ -9,6 +9,7 @@ output (working_folder.py), whose name holds a hash of the content (request.py):
 the parts that are finished.
 """
 
+import bisect
 import itertools
 import os
 import time
@@ -21,7 +22,7 @@ from filelock import FileLock
 
 from distilcb.data.assembly import Assembly
 from distilcb.data.blocks import Description, is_prepared, read_description
-from distilcb.data.corpus import Source, read_documents
+from distilcb.data.corpus import Source, is_compressed, is_table, read_documents, start_of_group
 from distilcb.data.crew import Crew
 from distilcb.data.damage import Damage
 from distilcb.data.duplicates import HashMaker, duplicates_of, find_duplicates
@@ -37,6 +38,7 @@ from distilcb.errors import DataError, writing
 
 # What is compared of a corpus before sentencepiece's library is relied on.
 _SAMPLED_SOURCES = 64
+_SAMPLED_PLACES = 32
 _SAMPLED_DOCUMENTS = 20
 _SAMPLED_CHARACTERS = 50_000
 
@@ -66,7 +68,7 @@ def prepare(
         text_field: the text's name in .jsonl and .parquet.
         min_characters: documents with fewer are left out.
         drop_duplicates: of documents that are the same word for word the first one stays.
-        skip_damaged: read on past compressed files that end in the middle, and records that are no JSON; counted.
+        skip_damaged: read on past compressed files and tables that are damaged, and records that are no JSON; counted.
         part_bytes: of text that is packed together; the tokens at its end that fill no block are lost.
         processes: on this rank.
         threads: of the tokenizer, in each process.
@@ -168,21 +170,39 @@ def _encoder(how: How, plan: Plan) -> Any:
     if not isinstance(how.tokenizer, TextTokenizer):
         return how.tokenizer
     threads = how.threads * how.processes if plan.is_one_part else how.threads
-    sample = _sample(plan.sources, how.text_field, skip_damaged=how.skip_damaged)
+    sample = dict.fromkeys(_sample(plan, how.text_field, skip_damaged=how.skip_damaged))
     return faster_encoder(how.tokenizer, sample, threads=threads) or how.tokenizer.encoder
 
 
-def _sample(sources: Sequence[Source], text_field: str, *, skip_damaged: bool) -> Iterator[str]:
-    """The first documents of each source, or of some where there are many."""
-    for source in sources[:: -(-len(sources) // _SAMPLED_SOURCES)]:
+def _sample(plan: Plan, text_field: str, *, skip_damaged: bool) -> Iterator[str]:
+    """A few documents of each of some places; where these are close together some come twice."""
+    for source, start, end in _sampled_places(plan, text_field):
         characters = 0
-        for document in itertools.islice(
-            read_documents(source, text_field=text_field, damage=Damage(skips=skip_damaged)), _SAMPLED_DOCUMENTS
-        ):
+        read = read_documents(source, text_field=text_field, damage=Damage(skips=skip_damaged), start=start, end=end)
+        for document in itertools.islice(read, _SAMPLED_DOCUMENTS):
             yield document[:_SAMPLED_CHARACTERS]
             characters += len(document)
             if characters > _SAMPLED_CHARACTERS:
                 break
+
+
+def _sampled_places(plan: Plan, text_field: str) -> Iterator[tuple[Source, int, int | None]]:
+    """Stretches of sources that begin where each does, of many some, and all over what can be entered in the middle."""
+    for source in plan.sources[:: -(-len(plan.sources) // _SAMPLED_SOURCES)]:
+        yield source, 0, None
+    spans = [span for unit in plan.units if isinstance(unit, Part) for span in unit.spans]
+    ends = list(itertools.accumulate(span.text_bytes for span in spans))
+    total = ends[-1] if ends else 0
+    for number in range(_SAMPLED_PLACES if total else 0):
+        place = total * number // _SAMPLED_PLACES
+        which = bisect.bisect_right(ends, place)
+        span = spans[which]
+        source, start = plan.sources[span.source], span.start
+        if isinstance(source, Path) and is_table(source):
+            start = start_of_group(source, start, text_field=text_field)
+        elif isinstance(source, Path) and not is_compressed(source):
+            start += place - (ends[which] - span.text_bytes)
+        yield source, start, span.end
 
 
 def _each_part(

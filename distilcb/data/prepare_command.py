@@ -91,7 +91,7 @@ def _parser(description: str | None) -> Parser:
     parser.add_argument(
         "--skip_damaged",
         action="store_true",
-        help="read on past compressed files that end in the middle and records that are no JSON; they are counted",
+        help="read on past compressed files and tables that are damaged and records that are no JSON; they are counted",
     )
     parser.add_argument(
         "--part_megabytes",

@@ -104,8 +104,8 @@ def plan_of(names: Sequence[str], how: How) -> Plan:
     """The sources that the names stand for, cut into parts and streams; DataError where a name stands for nothing."""
     sources = tuple(map(opened, find_sources(names)))
     states = tuple(map(_state_of, sources))
-    units = tuple(cut(sources, text_field=how.text_field, part_bytes=how.part_bytes))
-    return Plan(tuple(names), sources, states, units)
+    units = cut(sources, text_field=how.text_field, part_bytes=how.part_bytes, skip_damaged=how.skip_damaged)
+    return Plan(tuple(names), sources, states, tuple(units))
 
 
 def _state_of(source: Source) -> tuple[int, int] | None:

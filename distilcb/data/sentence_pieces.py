@@ -10,7 +10,10 @@ Hugging Face tokenizer:
   pieces are powers of one unit, so a tie shows as two different ones side by side. Of 38,536 French documents 541 have
   such a pair, and 4 are really cut in another way.
 - Special tokens that the normaliser spells: the Hugging Face tokenizer finds "<mask>" in full-width signs.
-- Signs with a combining one behind them ("ⁿ" with an accent): the Hugging Face tokenizer loses the accent.
+- Signs with a combining one behind them ("ⁿ" with an accent): the Hugging Face tokenizer loses the accent, and leaves
+  Hangul in the parts of its syllables.
+
+A tokenizer that takes added words from the text as they stand ("<PERSONNE>") is left to Hugging Face altogether.
 
 A sample of each corpus is compared before the library is relied on; that nothing else differs is not proven.
 """
@@ -43,6 +46,9 @@ _MODELS = ("sentencepiece.bpe.model", "spiece.model", "spm.model", "tokenizer.mo
 # Where all characters lie that join the one before, and few of French text do.
 _MAY_JOIN = re.compile("[\u0300-\u036f\u0483-\u1fff\u200c\u200d\u20d0-\u20ff\u2cef-\U0010ffff]")
 
+# Of those that SentencePiece joins; Python's tables may be older.
+_MARKS_OF_UNICODE_16 = (0x113B8, 0x113BB, 0x113C2, 0x113C9, 0x1611E, 0x1611F, 0x16120, 0x16129, 0x16D67)
+
 _ODD = (
     "",
     "deux  espaces ,  trois   encore",
@@ -57,6 +63,7 @@ _ODD = (
     "aaaaaaaaaaaa lllll 0000000 1000000 ........ ------- ______ hahahaha www…. !!!!",
     "e\u0301te\u0301, ﬁn, ½, x², Ⅻ, №, ㎏, ＡＢＣ, ｶﾅ",
     "漢字 и кириллица, עברית, العربية, हिन्दी, 한국어",
+    unicodedata.normalize("NFD", "한국어 받침 값") + " ㄱㅏ ﾡￂ",
     "▁ souligné▁dedans \ufffd https://exemple.fr/a?b=c&d=é#f l'été, aujourd'hui; 1 234,50 €",
 )
 
@@ -65,9 +72,11 @@ class SentencePieceEncoder:
     """Text to ids through the sentencepiece library. It pickles."""
 
     def __init__(self, model: Path, tokenizer: TextTokenizer, *, threads: int = 1) -> None:
-        """Raises ValueError where the model has pieces that the tokenizer has not."""
+        """Raises ValueError where the model has pieces that the tokenizer has not, or the tokenizer added words."""
         self.model, self.threads = str(model), threads
         self.by_hugging_face = tokenizer.encoder
+        if added := _added_words(tokenizer):
+            raise ValueError(f"it does not know words that were added to the tokenizer, such as {added[0]!r}")
         self._ids = _ids_of_pieces(self._library, tokenizer)
         self._units = _units(self._library)
         self._leads = _leads(self._library, tokenizer.encoder)
@@ -185,7 +194,16 @@ def _joining_characters() -> frozenset[str]:
     """What Unicode's rules for what one sees as a character (UAX 29) join to the one before."""
     marks = {chr(code) for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code)) in ("Mn", "Me", "Mc")}
     modifiers = {chr(code) for code in (*range(0x1F3FB, 0x1F400), *range(0xE0020, 0xE0080))}
-    return frozenset(marks | modifiers | set("\u200c\u200d\uff9e\uff9f\u0e33\u0eb3"))
+    hangul = {chr(code) for code in (*range(0x1160, 0x1200), *range(0xD7B0, 0xD7FC))}
+    # By UAX 29 these stand alone; but SentencePiece makes syllables of them.
+    hangul |= {chr(code) for code in (*range(0x314F, 0x3164), *range(0xFFC2, 0xFFDD))}
+    newer = {chr(code) for code in _MARKS_OF_UNICODE_16}
+    return frozenset(marks | modifiers | hangul | newer | set("\u200c\u200d\uff9e\uff9f\u0e33\u0eb3"))
+
+
+def _added_words(tokenizer: TextTokenizer) -> list[str]:
+    """The added tokens that are taken from the text: those that hold no special one, which is broken up there."""
+    return [word for word in tokenizer.hugging_face.get_added_vocab() if tokenizer.encoder.as_text(word) == word]
 
 
 def _ids_of_pieces(library: Any, tokenizer: TextTokenizer) -> NDArray[np.int64]:

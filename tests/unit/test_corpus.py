@@ -1,5 +1,6 @@
 """Sources of text: the same documents from every format, and faults that are named or survived, never passed over."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -87,6 +88,24 @@ def test_files_that_were_compressed_in_parts_are_read_to_the_end(tmp_path, compr
     assert read(path)[0] == ["document 0", "document 1", "document 2"]
 
 
+@pytest.mark.parametrize("padding", [4, 8, 4 * 5000])
+@pytest.mark.parametrize(
+    "after",
+    [b"", lzma.compress(b"deux\n"), lzma.compress(b"") * 3000 + lzma.compress(b"deux\n")],
+    ids=["nothing", "a stream", "many streams"],
+)
+def test_zero_bytes_in_fours_between_xz_streams_are_no_end(tmp_path, padding, after):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"un\n") + bytes(padding) + after)
+    assert read(path) == (["un", "deux"] if after else ["un"], {})
+
+
+def test_a_file_in_the_format_before_xz_is_read(tmp_path):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"un\ndeux\n", lzma.FORMAT_ALONE))
+    assert read(path) == (["un", "deux"], {})
+
+
 def test_the_last_line_needs_no_line_end_and_any_line_end_will_do(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("un\r\ndeux\n\ttrois  \u00a0 quatre\u2028cinq ".encode())
@@ -123,6 +142,33 @@ def test_a_folder_stands_for_its_readable_files_sorted(tmp_path):
     assert names(find_sources([str(tmp_path)]), tmp_path) == ["a.jsonl.gz", "b.txt", "d.v2.txt.xz", "deep/er/c.parquet"]
 
 
+def test_links_to_folders_are_followed_each_folder_once(tmp_path):
+    for name in ["text/a.txt", "text/deep/c.txt", "elsewhere/b.txt", "elsewhere/more/d.txt"]:
+        write(tmp_path / name)
+    (tmp_path / "text/b").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text/loop").symlink_to(tmp_path / "text")
+    (tmp_path / "text/twice").symlink_to(tmp_path / "elsewhere/more")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "text/deep")
+    (tmp_path / "text/gone").symlink_to(tmp_path / "nowhere")
+    found = names(find_sources([str(tmp_path / "text")]), tmp_path / "text")
+    assert found == ["a.txt", "b/b.txt", "b/back/c.txt", "b/more/d.txt"]
+
+
+def test_a_closed_folder_within_a_folder_is_refused_by_name(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt")
+    write(tmp_path / "closed/b.txt")
+    look = os.scandir
+
+    def look_as_somebody_else(path):
+        if Path(path).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path)
+
+    monkeypatch.setattr(os, "scandir", look_as_somebody_else)
+    with pytest.raises(DataError, match=r"cannot be read: .*Permission denied: .*/closed"):
+        find_sources([str(tmp_path)])
+
+
 def test_a_glob_stands_for_the_readable_files_that_match(tmp_path):
     for name in ["b1.txt", "b2.txt.gz", "c.txt", "deep/b3.txt"]:
         write(tmp_path / name)
@@ -136,6 +182,15 @@ def test_sources_keep_the_order_of_the_names_and_are_read_once(tmp_path):
         write(tmp_path / name)
     given = [f"{tmp_path}/b.txt", str(tmp_path), f"{tmp_path}/*.txt", f"{tmp_path}/./a.txt"]
     assert names(find_sources(given), tmp_path) == ["b.txt", "a.txt", "deep/c.txt"]
+
+
+def test_one_file_by_several_paths_is_read_once_by_the_first(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt")
+    write(tmp_path / "deep/b.txt")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    monkeypatch.chdir(tmp_path)
+    given = ["a.txt", str(tmp_path / "a.txt"), "deep/../a.txt", "link.txt", f"{tmp_path}/deep", "deep/*.txt"]
+    assert find_sources(given) == [Path("a.txt"), tmp_path / "deep/b.txt"]
 
 
 def test_a_file_name_with_the_signs_of_a_glob_is_a_file(tmp_path):
@@ -256,6 +311,34 @@ def test_a_compressed_file_with_damaged_bytes_is_refused(tmp_path, compression):
         damaged[start : start + 60] = b"\xff" * 60
         path.write_bytes(damaged)
         assert "Fetch or make the file again" in fault(path)
+
+
+SECOND = lzma.compress("\n".join(LONG).encode())
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        SECOND[:60] + b"\xff" * 60 + SECOND[120:],
+        b"\xff" * 60 + SECOND[60:],
+        SECOND[: len(SECOND) // 2],
+        SECOND[:-1],
+        SECOND[:5],
+        b"plain text",
+        bytes(3),
+        bytes(5) + SECOND,
+        bytes(8192) + b"x",
+    ],
+    ids=["damaged", "damaged at once", "half", "all but a byte", "five bytes", "text", "3", "5 and more", "far"],
+)
+def test_what_follows_an_xz_stream_and_is_no_whole_one_is_refused_or_counted(tmp_path, after):
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"un\ndeux\n") + after)
+    assert "Fetch or make the file again" in fault(path)
+    damage = Damage(skips=True)
+    documents = list(read_documents(path, text_field="text", damage=damage))
+    assert documents[:2] == ["un", "deux"]
+    assert damage.damaged == [str(path)]
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS[1:])

@@ -7,6 +7,7 @@ import lzma
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pyarrow
@@ -63,6 +64,22 @@ def test_every_line_of_a_file_is_in_one_part(tmp_path, part_bytes, end):
     parts = parts_in_order(units, sources, part_bytes=part_bytes)
     assert list(itertools.chain(*(documents_of(part, sources) for part in parts))) == lines
     assert len(parts) == -(-(tmp_path / "a.txt").stat().st_size // part_bytes)
+
+
+def test_a_part_in_the_middle_of_a_long_line_holds_little_of_it(tmp_path):
+    with (tmp_path / "a.txt").open("wb") as stream:
+        stream.truncate(64 << 20)
+        stream.seek(0, os.SEEK_END)
+        stream.write(b"\nfin\n")
+    sources, units = units_of(tmp_path, 16 << 20)
+    tracemalloc.start()
+    try:
+        found = [list(documents_of(part, sources)) for part in units[1:]]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found == [[], [], [], ["fin"]]
+    assert peak < 8 << 20
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

@@ -21,7 +21,8 @@ import distilcb
 from distilcb.config import REPOSITORY
 from distilcb.data import packing
 from distilcb.data.blocks import Blocks, RandomBlocks, check_fits, is_prepared, read_description
-from distilcb.data.prepare import prepare, prepare_cached
+from distilcb.data.prepare import _sample, prepare, prepare_cached
+from distilcb.data.request import How, plan_of
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
 from distilcb.errors import ConfigError, DataError
 
@@ -233,6 +234,41 @@ def test_blocks_of_fewer_than_eight_tokens_are_refused(tmp_path, seq_len):
     text = write_lines(tmp_path / "a.txt", ["10 11 12"])
     with pytest.raises(ConfigError, match=f"seq_len={seq_len} tokens: a block needs 8 or more"):
         prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=seq_len)
+
+
+@pytest.mark.parametrize(
+    ("name", "part_bytes"),
+    [("a.txt", 1 << 23), ("a.txt", 10_000), ("a.jsonl", 1 << 20), ("a.parquet", 1 << 23), ("hub", 10_000)],
+)
+def test_the_sample_that_judges_a_faster_tokenizer_is_from_all_over_the_text(tmp_path, monkeypatch, name, part_bytes):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    lines = [f"{number} " + "mot " * (number % 50) for number in range(40_000)]
+    folder = tmp_path / "wiki"
+    folder.mkdir()
+    if name == "a.txt":
+        write_lines(folder / name, lines)
+    elif name == "a.jsonl":
+        write_lines(folder / name, [json.dumps({"text": line}) for line in lines])
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": lines}), folder / "train.parquet", row_group_size=2000)
+    named = f"hub:{folder}" if name == "hub" else str(folder)
+    plan = plan_of([named], How(Numerals(), 16, "text", part_bytes=part_bytes))
+    sample = list(_sample(plan, "text", skip_damaged=False))
+    numbers = {int(document.split()[0]) for document in sample}
+    assert {number // 2000 for number in numbers} == set(range(20))
+    assert len(sample) <= 33 * 20
+    assert sample == list(_sample(plan, "text", skip_damaged=False))
+
+
+def test_the_sample_has_the_beginning_of_each_file_whatever_its_size(tmp_path):
+    write_lines(tmp_path / "a.txt", ["mot"] * 100_000)
+    for number in range(5):
+        write_lines(tmp_path / f"b{number}.txt", [f"petit {number}"])
+        (tmp_path / f"c{number}.txt.gz").write_bytes(gzip.compress(b"court %d" % number))
+    (tmp_path / "d.txt").touch()
+    plan = plan_of([str(tmp_path)], How(Numerals(), 16, "text", part_bytes=1000))
+    sample = set(_sample(plan, "text", skip_damaged=False))
+    assert sample == {"mot", *(f"{word} {number}" for word in ("petit", "court") for number in range(5))}
 
 
 def test_a_line_of_five_megabytes_is_packed_whole(teacher, tmp_path):
@@ -506,6 +542,31 @@ def test_a_broken_stream_of_nothing_is_counted(tmp_path):
     how = {"tokenizer": Numerals(), "seq_len": 16, "part_bytes": 2, "skip_damaged": True}
     made = prepare([good, str(tmp_path / "broken.txt.xz")], output=tmp_path / "out", **how)
     assert (made.documents, made.damage["damaged_files"]) == (500, 1)
+
+
+@pytest.mark.parametrize("part_bytes", [1 << 22, 3000], ids=["one part", "many parts"])
+@pytest.mark.parametrize("damage", ["no end", "pages", "no parquet"])
+def test_a_damaged_table_is_refused_or_skipped_and_counted_once(tmp_path, damage, part_bytes):
+    table = pyarrow.table({"text": random_numerals(6000, seed=1)})
+    path = tmp_path / "damaged.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=3000, use_dictionary=False, data_page_size=1000)
+    whole = path.read_bytes()
+    later = len(whole) * 3 // 4
+    path.write_bytes(
+        {
+            "no end": whole[:later],
+            "pages": whole[:later] + b"\xff" * 5000 + whole[later + 5000 :],
+            "no parquet": b"no parquet at all",
+        }[damage]
+    )
+    good = write_lines(tmp_path / "good.txt", random_numerals(500, seed=2))
+    how = {"tokenizer": Numerals(), "seq_len": 16, "part_bytes": part_bytes}
+    with pytest.raises(DataError, match=r"damaged\.parquet: .*--skip_damaged"):
+        prepare([good, str(path)], output=tmp_path / "refused", **how)
+    made = prepare([good, str(path)], output=tmp_path / "out", skip_damaged=True, **how)
+    assert made.damage["damaged_files"] == 1
+    first_group = 3000 if damage == "pages" else 0
+    assert 500 + first_group <= made.documents < 6500
 
 
 def test_records_that_are_no_json_are_left_out_and_counted(tmp_path):

@@ -6,10 +6,13 @@ import lzma
 import pickle
 import random
 import shutil
+import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken
 
 from distilcb.config import REPOSITORY
 from distilcb.data import sentence_pieces
@@ -73,13 +76,38 @@ def test_special_tokens_that_the_normaliser_spells_are_left_out_as_before(teache
     assert teacher.vocabulary.mask_id not in encoded(encoder, [text])[0]
 
 
-@pytest.mark.parametrize("text", ["ⁿ\u034a est", "²\ufe0f et ½\u0301", "e\u0301te\u0301 e\u0301\u0323", "👩\u200d👧"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ⁿ\u034a est",
+        "²\ufe0f et ½\u0301",
+        "e\u0301te\u0301 e\u0301\u0323",
+        "👩\u200d👧",
+        unicodedata.normalize("NFD", "한국어 avant 한국어"),
+    ],
+)
 def test_joined_characters_have_the_same_ids(teacher, encoder, text):
     assert encoded(encoder, [text]) == teacher.encode([text])
 
 
 def test_the_two_libraries_do_treat_joined_characters_differently(teacher, encoder):
     assert by_library_alone(encoder, "ⁿ\u034a") != teacher.encode(["ⁿ\u034a"])[0]
+
+
+@pytest.mark.parametrize("text", [unicodedata.normalize("NFD", "한"), "ㄱㅏ", "\uffa1\uffc2", "\u1100\uffc2\u11a8"])
+def test_hangul_in_parts_that_the_two_libraries_normalise_differently_is_not_for_the_library(teacher, encoder, text):
+    by_hugging_face = teacher.hugging_face.backend_tokenizer.normalizer.normalize_str(text)
+    assert encoder._library.normalize(text).removeprefix("▁") != by_hugging_face
+    assert encoder._is_not_for_library(text)
+
+
+def test_whatever_unicode_composes_with_the_character_before_joins_it():
+    every = list(map(chr, range(sys.maxunicode + 1)))
+    decomposed = [unicodedata.normalize("NFD", sign) for sign in every]
+    seconds = {parts[1] for parts in decomposed if len(parts) > 1}
+    alike = {sign for sign in every if unicodedata.normalize("NFKD", sign) in seconds}
+    assert len(seconds) > 50
+    assert seconds | alike <= sentence_pieces._joining_characters()
 
 
 def test_random_text_has_the_same_ids(teacher, encoder):
@@ -174,6 +202,38 @@ def test_a_model_that_cannot_be_read_is_not_used_and_that_is_said(tmp_path, capl
     with caplog.at_level(logging.INFO):
         assert faster_encoder(TextTokenizer(str(folder)), FRENCH) is None
     assert "is of no use" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "camembert",
+        AddedToken("<PERSONNE>", normalized=False, lstrip=True, rstrip=True),
+        AddedToken("New York", single_word=True),
+        AddedToken("[ENT]", special=True, normalized=False),
+        "§",
+    ],
+    ids=str,
+)
+def test_words_added_to_the_tokenizer_are_left_to_it_and_that_is_said(tmp_path, caplog, word):
+    folder = copy_of_teacher(tmp_path / "t")
+    tokenizer = TextTokenizer(str(folder)).hugging_face
+    assert tokenizer.add_tokens([word]) == 1
+    tokenizer.save_pretrained(folder)
+    added = TextTokenizer(str(folder))
+    with caplog.at_level(logging.INFO):
+        assert faster_encoder(added, FRENCH) is None
+    assert f"words that were added to the tokenizer, such as {str(word)!r}" in caplog.text
+    assert added.encode([f"un {word} demain"])[0].count(len(added.hugging_face) - 1) == 1
+
+
+def test_tokens_that_are_broken_up_in_the_text_are_no_words_of_it(tmp_path):
+    folder = copy_of_teacher(tmp_path / "t")
+    tokenizer = TextTokenizer(str(folder)).hugging_face
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<ENTITÉ>"]})
+    tokenizer.add_tokens([AddedToken("<s>AUTRE", normalized=False)])
+    tokenizer.save_pretrained(folder)
+    assert faster_encoder(TextTokenizer(str(folder)), [*FRENCH, "un <ENTITÉ> et <s>AUTRE"]) is not None
 
 
 def test_a_model_whose_ids_differ_is_not_used_and_that_is_said(tmp_path, caplog):
