@@ -39,7 +39,7 @@ class Assembly:
             DataError: a source has changed meanwhile, there is too little text, or the disk is full.
         """
         try:
-            self.plan.check_unchanged()
+            self.plan.check_unchanged(self.content, self.how)
         except DataError:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise

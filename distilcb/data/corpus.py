@@ -435,11 +435,19 @@ def _read_parquet(path: Path, text_field: str, start: int, end: int | None) -> I
                     before = max(0, start - first)  # these rows are decoded, and no more
                     wanted = batch.slice(before, None if end is None else max(0, end - first - before))
                     first += len(batch)
-                    for text in wanted.column(0).to_pylist():
+                    for text in _values(wanted.column(0)):
                         yield _text_of(path, text_field, text)
                     if end is not None and first >= end:
                         return
             first = last
+
+
+def _values(column: Any) -> list[Any]:
+    """A column's texts; as bytes where not all are UTF-8, which whoever wrote the file need not have looked at."""
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except UnicodeDecodeError:
+        return column.cast("large_binary").to_pylist()  # type: ignore[no-any-return]
 
 
 def _read_dataset(source: OpenDataset, text_field: str, start: int, end: int | None) -> Iterator[str | bytes]:

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from distilcb.data.parts import PART_BYTES, Part, Stream, cut
 from distilcb.data.progress import Progress
 from distilcb.data.tokenizer import Vocabulary
 from distilcb.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 # Files are hashed in stretches of this size, so that several threads and ranks share a big one.
 _HASHED_BYTES = 64 << 20
@@ -90,14 +93,25 @@ class Plan:
         """Bytes on disk."""
         return sum(unit.size for unit in self.units)
 
-    def check_unchanged(self) -> None:
-        """Raise DataError where a file is not what it was before anything of it was read."""
-        for source, before in zip(self.sources, self.states, strict=True):
-            if _state_of(source) != before:
-                raise DataError(
-                    f"{source} was written to or moved while it was read: its blocks would be of neither text, and "
-                    "none are kept. Start again when nothing changes it."
-                )
+    def check_unchanged(self, content: str, how: How) -> None:
+        """Raise DataError where a file is not what it was before anything of it was read.
+
+        content: what `shared_content_key` gave. What was but touched is read once more, and then is the same.
+        """
+        pairs = zip(self.sources, self.states, strict=True)
+        changed = next((source for source, before in pairs if _state_of(source) != before), None)
+        if changed is None:
+            return
+        log.info("%s was touched or written to meanwhile: hashing the text once more", changed)
+        try:
+            is_same = shared_content_key(self, how, Crew(), show_progress=False) == content
+        except (OSError, DataError):
+            is_same = False
+        if not is_same:
+            raise DataError(
+                f"{changed} was written to or moved while it was read: its blocks would be of neither text, and none "
+                "are kept. Start again when nothing changes it."
+            )
 
 
 def plan_of(names: Sequence[str], how: How) -> Plan:

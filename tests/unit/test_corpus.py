@@ -433,6 +433,15 @@ def test_records_without_text_are_left_out_and_counted(tmp_path, format_):
     assert read(write(tmp_path / f"a{format_}", ["", "un", None, " \n "])) == (["un"], {"empty_documents": 3})
 
 
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.large_string()])
+def test_a_parquet_column_that_says_it_is_text_and_is_not_utf8_is_decoded_all_the_same(tmp_path, kind):
+    path = tmp_path / "a.parquet"
+    of_bytes = pyarrow.array(["été".encode(), b"\xe9t\xe9"], pyarrow.binary()).cast(pyarrow.large_binary())
+    column = of_bytes.view(pyarrow.large_string()).cast(kind)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    assert read(path) == (["été", "\ufffdt\ufffd"], {"undecodable_documents": 1})
+
+
 def test_bytes_in_a_parquet_column_are_decoded(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["été".encode(), b"\xe9t\xe9", None]}), path)

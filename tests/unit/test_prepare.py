@@ -492,6 +492,22 @@ def test_a_fault_in_the_last_file_leaves_nothing(tmp_path):
     assert list((tmp_path / "store").iterdir()) == []
 
 
+def test_text_that_is_touched_while_it_is_read_is_the_same(tmp_path, caplog):
+    """As scripts do that keep files from being purged."""
+    text = tmp_path / "a.txt"
+
+    class Toucher(Numerals):
+        def encode(self, documents):
+            os.utime(text, ns=(0, 0))
+            return super().encode(documents)
+
+    write_lines(text, random_numerals(200))
+    with caplog.at_level("INFO"):
+        made = prepare([str(text)], tokenizer=Toucher(), output=tmp_path / "out", seq_len=16)
+    assert made.documents == 200
+    assert "a.txt was touched or written to meanwhile: hashing the text once more" in caplog.text
+
+
 @pytest.mark.parametrize("change", ["longer", "same size", "gone"])
 def test_text_that_changes_while_it_is_read_is_refused_by_name(tmp_path, monkeypatch, change):
     text = tmp_path / "a.txt"
