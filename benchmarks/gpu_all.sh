@@ -87,4 +87,4 @@ if [ -d "$runs/teacher/checkpoints" ]; then
     cp "$runs/teacher/metrics.jsonl" "$out/teacher_metrics.jsonl" 2>/dev/null
 fi
 cat "$out/summary.md"
-! grep -qE '^\| [a-z]+ \| ([1-9]|not run)' <(grep -vE '^\| (teacher|export) ' "$out/summary.md")
+! grep -qE '^\| [a-z]+ \| ([1-9]|not run)' <(grep -vE '^\| (teacher |export \| not run)' "$out/summary.md")

@@ -21,12 +21,15 @@ def write_durably(path: Path, content: str | bytes, *, unwritten: Path | None = 
 
 
 def sync(path: Path) -> None:
-    """Have on disk what a file holds, or which names a folder has."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have on disk what a file holds, or which names a folder has, as far as the file system knows how."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder may be open to writing alone
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a network file system may have no such thing for folders
+        if error.errno not in (errno.EINVAL, errno.EBADF):  # a network file system may have no such thing for folders
             raise
     finally:
         os.close(descriptor)

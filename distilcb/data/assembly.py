@@ -14,10 +14,10 @@ from distilcb.data.corpus import Source
 from distilcb.data.damage import Damage
 from distilcb.data.data_report import DataReport, write_report
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, sum_of_arrays
-from distilcb.data.request import How, Plan
+from distilcb.data.request import ChangedError, How, Plan
 from distilcb.data.working_folder import wait_until_seen
 from distilcb.durability import sync
-from distilcb.errors import DataError, writing
+from distilcb.errors import DataError, first_line, writing
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,11 @@ class Assembly:
         """
         try:
             self.plan.check_unchanged(self.content, self.how)
-        except DataError:
+        except ChangedError:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
+        except OSError as error:
+            raise DataError(f"{first_line(error)}. The same command goes on once it can be read again.") from error
         facts, vocabulary = self.facts, self.how.tokenizer.vocabulary
         if not self._sum("blocks"):
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -117,6 +119,9 @@ class Assembly:
         names = [each.name for each in fields(Damage) if each.name != "damaged"]
         counts = {name: sum(part.damage.get(name, 0) for part in self.facts) for name in names}
         counts["damaged_files"] = len({file for part in self.facts for file in part.damage.get("damaged", [])})
+        counts["damaged_files"] += sum(
+            part.damage.get("damaged_files", 0) for part in self.facts
+        )  # of an older version
         return {name: count for name, count in counts.items() if count or not name.startswith("damaged_")}
 
     def _warn_of_damage(self, made: Description) -> None:

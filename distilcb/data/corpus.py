@@ -1,11 +1,11 @@
 """Sources of text: files, folders, globs and data sets of the hub, read as a stream of documents."""
 
-import bisect
 import glob
 import gzip
 import io
 import itertools
 import json
+import logging
 import lzma
 import os
 import shutil
@@ -37,10 +37,14 @@ class OpenDataset:
         return str(self.name)
 
 
+log = logging.getLogger(__name__)
+
 Source = Path | HubDataset | OpenDataset
 
 _FORMATS = (".txt", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
+# Where a disk's own root keeps what a check of it finds; closed to users.
+_OF_THE_FILE_SYSTEM = "lost+found"
 _PIECE_CHARACTERS = 1 << 20
 _SKIPPED_AT_ONCE = 1 << 20
 _NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_field)."
@@ -49,7 +53,7 @@ _NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_
 def find_sources(names: Sequence[str]) -> list[Source]:
     """What the names stand for: readable files, sorted within each folder or glob, and hub:… names.
 
-    A file that comes again, by whatever path, is left out.
+    A file that comes again, by another spelling or a link, is left out, and the log says so.
 
     Raises:
         DataError: a name that stands for nothing, or for nothing readable.
@@ -62,11 +66,19 @@ def find_sources(names: Sequence[str]) -> list[Source]:
         try:
             found += _files(name)
         except (OSError, RuntimeError) as error:  # a closed folder of somebody else; the home of nobody
-            raise DataError(f"{name} cannot be read: {first_line(error)}.") from error
+            raise DataError(
+                f"{name} cannot be read: {first_line(error)}. Leave out what is closed by naming files or a glob."
+            ) from error
     once: dict[Source, Source] = {}
-    for source in found:
-        once.setdefault(source.resolve() if isinstance(source, Path) else source, source)
+    again = [source for source in found if once.setdefault(_place_of(source), source) != source]
+    if again:
+        log.info("%s is read once: %s is the same file (%d such)", once[_place_of(again[0])], again[0], len(again))
     return list(once.values())
+
+
+def _place_of(source: Source) -> Source:
+    """Where it lies, however it is spelt."""
+    return source.resolve() if isinstance(source, Path) else source
 
 
 def _files(name: str) -> list[Path]:
@@ -90,7 +102,8 @@ def _below(folder: Path) -> Iterator[Path]:
     """What is no folder below this one, links to folders followed; OSError at a folder that is closed."""
 
     def refuse(error: OSError) -> None:
-        raise error
+        if Path(str(error.filename)).name != _OF_THE_FILE_SYSTEM:
+            raise error
 
     seen = set[str]()
     for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
@@ -232,17 +245,18 @@ def table_groups(source: Source, *, text_field: str, skip_damaged: bool = False)
         rows = source.rows
         _check_column(source, rows.column_names, text_field)
         return [(len(rows), rows.data.column(text_field).nbytes)]
-    with naming(source, Damage(skips=skip_damaged)), _open_table(source) as table:
+    with naming(source, Damage(skips=skip_damaged, tells=False)), _open_table(source) as table:
         _check_column(source, table.schema_arrow.names, text_field)
         groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
         return [(group.num_rows, _column_bytes(group, text_field)) for group in groups]
     return [(0, 0)]
 
 
-def start_of_group(source: Path, row: int, *, text_field: str) -> int:
-    """The first of the rows that are stored together with this one, before which nothing need be decoded."""
-    starts = list(itertools.accumulate((rows for rows, _ in table_groups(source, text_field=text_field)), initial=0))
-    return starts[bisect.bisect_right(starts, row) - 1]
+def starts_of_groups(source: Path) -> list[int]:
+    """The first row of each stretch of a table that is stored together; before it nothing need be decoded."""
+    with naming(source), _open_table(source) as table:
+        rows = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
+    return list(itertools.accumulate(rows[:-1], initial=0))
 
 
 def _column_bytes(group: Any, text_field: str) -> int:

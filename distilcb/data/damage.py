@@ -25,6 +25,7 @@ class Damage:
     """What was survived while reading: counted, and reported in the description of the blocks.
 
     skips: whether files that end in the middle and records that are no JSON are survived too.
+    tells: whether damaged files are logged; those who read only a little of them do not.
     damaged: names of these files. Several parts may meet the damage of one.
     """
 
@@ -34,14 +35,16 @@ class Damage:
     damaged_records: int = 0
     damaged: list[str] = field(default_factory=list)
     skips: InitVar[bool] = False
+    tells: InitVar[bool] = True
 
-    def __post_init__(self, skips: bool) -> None:
-        self.may_skip = skips
+    def __post_init__(self, skips: bool, tells: bool) -> None:
+        self.may_skip, self._tells = skips, tells
 
     def survive(self, source: object, fault: object) -> None:
         """Note a file that is damaged."""
         self.damaged.append(str(source))
-        log.warning("%s is damaged (%s): what comes before that is kept", source, fault)
+        if self._tells:
+            log.warning("%s is damaged (%s): what can be read before that is kept", source, fault)
 
 
 def _is_damage(error: BaseException) -> bool:

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from distilcb.data.assembly import Assembly
 from distilcb.data.blocks import Description, is_prepared, read_description
-from distilcb.data.corpus import Source, is_compressed, is_table, read_documents, start_of_group
+from distilcb.data.corpus import Source, is_compressed, is_table, read_documents, starts_of_groups
 from distilcb.data.crew import Crew
 from distilcb.data.damage import Damage
 from distilcb.data.duplicates import HashMaker, duplicates_of, find_duplicates
@@ -140,7 +140,8 @@ def _prepare_content(
 ) -> Description:
     started = time.monotonic()
     # A link stays: what it points to is made.
-    output = crew.from_main("output", lambda: Path(os.path.realpath(output)))
+    if crew.from_main("is_link", output.is_symlink):
+        output = crew.from_main("output", lambda: Path(os.path.realpath(output)))
     if there := crew.from_main("there", lambda: made_before(output, content)):
         return there
     with working_folder(output, content, crew) as folder:
@@ -176,9 +177,10 @@ def _encoder(how: How, plan: Plan) -> Any:
 
 def _sample(plan: Plan, text_field: str, *, skip_damaged: bool) -> Iterator[str]:
     """A few documents of each of some places; where these are close together some come twice."""
-    for source, start, end in _sampled_places(plan, text_field):
+    for source, start, end in _sampled_places(plan):
         characters = 0
-        read = read_documents(source, text_field=text_field, damage=Damage(skips=skip_damaged), start=start, end=end)
+        damage = Damage(skips=skip_damaged, tells=False)  # whoever packs it does
+        read = read_documents(source, text_field=text_field, damage=damage, start=start, end=end)
         for document in itertools.islice(read, _SAMPLED_DOCUMENTS):
             yield document[:_SAMPLED_CHARACTERS]
             characters += len(document)
@@ -186,8 +188,9 @@ def _sample(plan: Plan, text_field: str, *, skip_damaged: bool) -> Iterator[str]
                 break
 
 
-def _sampled_places(plan: Plan, text_field: str) -> Iterator[tuple[Source, int, int | None]]:
+def _sampled_places(plan: Plan) -> Iterator[tuple[Source, int, int | None]]:
     """Stretches of sources that begin where each does, of many some, and all over what can be entered in the middle."""
+    groups: dict[Source, list[int]] = {}
     for source in plan.sources[:: -(-len(plan.sources) // _SAMPLED_SOURCES)]:
         yield source, 0, None
     spans = [span for unit in plan.units if isinstance(unit, Part) for span in unit.spans]
@@ -198,10 +201,14 @@ def _sampled_places(plan: Plan, text_field: str) -> Iterator[tuple[Source, int, 
         which = bisect.bisect_right(ends, place)
         span = spans[which]
         source, start = plan.sources[span.source], span.start
-        if isinstance(source, Path) and is_table(source):
-            start = start_of_group(source, start, text_field=text_field)
-        elif isinstance(source, Path) and not is_compressed(source):
-            start += place - (ends[which] - span.text_bytes)
+        if isinstance(source, Path):
+            if is_compressed(source):
+                continue
+            if is_table(source):
+                starts = groups[source] = groups.get(source) or starts_of_groups(source)
+                start = starts[bisect.bisect_right(starts, start) - 1]
+            else:
+                start += place - (ends[which] - span.text_bytes)
         yield source, start, span.end
 
 

@@ -71,6 +71,10 @@ class How:
         return [{name: value} for name, value in asked.items() if value]
 
 
+class ChangedError(DataError):
+    """Text is not what it was when its preparation began."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What rank zero has found, for all ranks.
@@ -94,21 +98,22 @@ class Plan:
         return sum(unit.size for unit in self.units)
 
     def check_unchanged(self, content: str, how: How) -> None:
-        """Raise DataError where a file is not what it was before anything of it was read.
+        """Look whether every file is what it was before anything of it was read.
 
         content: what `shared_content_key` gave. What was but touched is read once more, and then is the same.
+
+        Raises:
+            ChangedError: it is not.
+            DataError: that cannot be told, as a file cannot be read.
         """
         pairs = zip(self.sources, self.states, strict=True)
         changed = next((source for source, before in pairs if _state_of(source) != before), None)
         if changed is None:
             return
         log.info("%s was touched or written to meanwhile: hashing the text once more", changed)
-        try:
-            is_same = shared_content_key(self, how, Crew(), show_progress=False) == content
-        except (OSError, DataError):
-            is_same = False
-        if not is_same:
-            raise DataError(
+        is_there = all(source.exists() for source in self.sources if isinstance(source, Path))
+        if not is_there or shared_content_key(self, how, Crew(), show_progress=False) != content:
+            raise ChangedError(
                 f"{changed} was written to or moved while it was read: its blocks would be of neither text, and none "
                 "are kept. Start again when nothing changes it."
             )
@@ -128,7 +133,7 @@ def _state_of(source: Source) -> tuple[int, int] | None:
         return None
     try:
         found = source.stat()
-    except OSError:
+    except FileNotFoundError:
         return None
     return found.st_size, found.st_mtime_ns
 

@@ -31,6 +31,8 @@ def made_before(output: Path, content: str) -> Description | None:
         DataError: it is there and is something else, or cannot be replaced when all is done.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        if output.is_symlink():
+            raise DataError(f"{output} is a link that leads to itself: name another folder.")
         if os.path.ismount(output):
             raise DataError(f"{output} is a mount point and cannot be replaced: name a folder in it, {output}/blocks.")
         return None

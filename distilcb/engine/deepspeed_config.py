@@ -153,9 +153,18 @@ def precision(settings: dict[str, Any]) -> str:
 
 
 def bucket_numbers(settings: dict[str, Any]) -> int:
-    """How many numbers DeepSpeed's buffers for gradients on their way hold: one of them, or two where it overlaps."""
+    """How many numbers DeepSpeed's buffers for gradients on their way hold: one of them, or two where it overlaps.
+
+    Raises:
+        ConfigError: their size is no number.
+    """
     zero = _section(settings, "zero_optimization")
-    return int(zero.get("reduce_bucket_size", 5e8)) * (2 if zero.get("overlap_comm") else 1)
+    size = zero.get("reduce_bucket_size", 5e8)
+    if isinstance(size, bool) or not isinstance(size, int | float) or size < 0:
+        raise ConfigError(f"DeepSpeed file: zero_optimization.reduce_bucket_size is {size!r}, needed a number.")
+    if not zero.get("contiguous_gradients", True):
+        return 0
+    return int(size) * (2 if zero.get("overlap_comm") else 1)
 
 
 def build(

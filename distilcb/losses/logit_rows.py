@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -90,13 +91,18 @@ def few_rows(matrix: Tensor) -> tuple[Tensor, ...]:
 def _triton_is_here() -> bool:
     """Whether there is a Triton that can compile: it makes a small C program of each kernel."""
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         return False
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
-    missing = "no C compiler" if not compiler else "" if header.exists() else f"no {header}"
+    missing = "" if header.exists() else f"no {header}"
+    if not any(map(shutil.which, compilers)):
+        missing = f"no C compiler ({' or '.join(compilers)})"
     if missing:
+        with suppress(Exception):  # what it compiled elsewhere may lie in its cache
+            triton.runtime.driver.active.get_current_target()
+            return True
         log.warning(
             "%s, which Triton needs: the head's pass over logits goes through torch's operations, slower", missing
         )

@@ -5,6 +5,8 @@ from typing import Any
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+_WHOLE = "_of_whole_blocks"
+
 
 def use_whole_blocks(model: Any) -> None:
     """Have a causal transformers model take every row for one text without padding, whatever mask it is given.
@@ -14,6 +16,6 @@ def use_whole_blocks(model: Any) -> None:
     registered without a way to make masks is not asked about.
     """
     used = model.config._attn_implementation
-    if used in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(f"{used}_of_whole_blocks", ALL_ATTENTION_FUNCTIONS[used])
-        model.set_attn_implementation(f"{used}_of_whole_blocks")
+    if used in ALL_ATTENTION_FUNCTIONS and not used.endswith(_WHOLE):
+        AttentionInterface.register(used + _WHOLE, ALL_ATTENTION_FUNCTIONS[used])
+        model.set_attn_implementation(used + _WHOLE)

@@ -154,17 +154,38 @@ def test_links_to_folders_are_followed_each_folder_once(tmp_path):
     assert found == ["a.txt", "b/b.txt", "b/back/c.txt", "b/more/d.txt"]
 
 
-def test_a_closed_folder_within_a_folder_is_refused_by_name(tmp_path, monkeypatch):
-    write(tmp_path / "a.txt")
-    write(tmp_path / "closed/b.txt")
+def close(name, monkeypatch):
+    """Folders of that name, as for a user who may not look into them; tests may run as root, who may."""
     look = os.scandir
 
     def look_as_somebody_else(path):
-        if Path(path).name == "closed":
+        if Path(path).name == name:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return look(path)
 
     monkeypatch.setattr(os, "scandir", look_as_somebody_else)
+
+
+def test_what_a_disk_keeps_for_itself_may_be_closed(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt")
+    (tmp_path / "lost+found").mkdir()
+    close("lost+found", monkeypatch)
+    assert names(find_sources([str(tmp_path)]), tmp_path) == ["a.txt"]
+
+
+def test_a_file_that_is_left_out_as_it_comes_again_is_told(tmp_path, caplog):
+    write(tmp_path / "a.txt")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "a.txt")
+    with caplog.at_level("INFO"):
+        assert names(find_sources([str(tmp_path)]), tmp_path) == ["a.txt"]
+    assert "a.txt is read once: " in caplog.text
+    assert "b.txt is the same file (1 such)" in caplog.text
+
+
+def test_a_closed_folder_within_a_folder_is_refused_by_name(tmp_path, monkeypatch):
+    write(tmp_path / "a.txt")
+    write(tmp_path / "closed/b.txt")
+    close("closed", monkeypatch)
     with pytest.raises(DataError, match=r"cannot be read: .*Permission denied: .*/closed"):
         find_sources([str(tmp_path)])
 

@@ -262,15 +262,23 @@ def test_kernel_gives_zero_for_a_student_that_is_its_teacher(kernel):
 
 
 @pytest.mark.parametrize(
-    ("compiler", "include", "told"),
-    [(None, None, "no C compiler"), ("gcc", "nowhere", "no nowhere/Python.h"), ("gcc", None, "")],
+    ("compiler", "named", "include", "told"),
+    [
+        (None, None, None, "no C compiler (gcc or clang)"),
+        ("gcc", "icc", None, "no C compiler (icc)"),
+        ("gcc", None, "nowhere", "no nowhere/Python.h"),
+        ("gcc", None, None, ""),
+        ("icc", "icc", None, ""),
+    ],
 )
 def test_without_what_triton_compiles_with_torch_takes_the_pass_and_says_so(
-    monkeypatch, caplog, tmp_path, compiler, include, told
+    monkeypatch, caplog, tmp_path, compiler, named, include, told
 ):
     pytest.importorskip("triton", reason="needs Triton, which comes with CUDA builds of torch and with .[dev]")
     (tmp_path / "Python.h").touch()
     monkeypatch.delenv("CC", raising=False)
+    if named:
+        monkeypatch.setenv("CC", named)
     monkeypatch.setattr(logit_rows.shutil, "which", lambda name: compiler if name == compiler else None)
     monkeypatch.setattr(logit_rows.sysconfig, "get_path", lambda *_: include or str(tmp_path))
     logit_rows._triton_is_here.cache_clear()

@@ -175,6 +175,7 @@ def test_a_micro_batch_that_does_not_fit_is_said_with_the_one_that_does(capsys):
         (["--gpus", "8", "--gpu", "h100", "--memory_gb", "1"], "one sequence of 512 tokens needs .* 1 GB"),
         (["--gpus", "8", "--gpu", "h100", "--efficiency", "2"], "--efficiency.*from 0.01 to 1"),
         (["--gpus", "8", "--gpu", "b300"], "--gpu"),
+        (["--gpus", "8", "--gpu", "h100", "--deepspeed", "auto_bucket.json"], "reduce_bucket_size is 'auto', needed a"),
         (
             ["--gpus", "256", "--gpu", "h200"],
             "256 rank.s. x optim.micro_batch=32 make 8192 a pass.*--optim.micro_batch 16",
@@ -189,7 +190,10 @@ def test_a_micro_batch_that_does_not_fit_is_said_with_the_one_that_does(capsys):
         ),
     ],
 )
-def test_mistakes_are_told(words, told):
+def test_mistakes_are_told(words, told, tmp_path, monkeypatch):
+    zero = {"stage": 2, "reduce_bucket_size": "auto"}
+    (tmp_path / "auto_bucket.json").write_text(json.dumps({"zero_optimization": zero, "bf16": {"enabled": True}}))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=told):
         plan_from([*RECIPE[:2], *words], description=None)
 

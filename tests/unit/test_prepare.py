@@ -1,5 +1,6 @@
 """From documents to packed blocks on disk: nothing lost, nothing half written, and opened as it was written."""
 
+import errno
 import gzip
 import itertools
 import json
@@ -19,7 +20,7 @@ import zstandard
 
 import distilcb
 from distilcb.config import REPOSITORY
-from distilcb.data import packing
+from distilcb.data import corpus, packing, request
 from distilcb.data.blocks import Blocks, RandomBlocks, check_fits, is_prepared, read_description
 from distilcb.data.prepare import _sample, prepare, prepare_cached
 from distilcb.data.request import How, plan_of
@@ -271,6 +272,28 @@ def test_the_sample_has_the_beginning_of_each_file_whatever_its_size(tmp_path):
     assert sample == {"mot", *(f"{word} {number}" for word in ("petit", "court") for number in range(5))}
 
 
+def test_a_compressed_table_is_opened_once_for_the_sample(tmp_path, monkeypatch):
+    """It is unpacked whole each time."""
+    table = pyarrow.table({"text": [f"{number} mot" for number in range(5000)]})
+    with gzip.open(tmp_path / "a.parquet.gz", "wb") as stream:
+        pyarrow.parquet.write_table(table, stream, row_group_size=100)
+    plan = plan_of([str(tmp_path)], How(Numerals(), 16, "text", part_bytes=1000))
+    opened, open_table = [], corpus._open_table
+    monkeypatch.setattr(corpus, "_open_table", lambda path: opened.append(path) or open_table(path))
+    assert list(_sample(plan, "text", skip_damaged=False)) == [f"{number} mot" for number in range(20)]
+    assert len(opened) == 1
+
+
+def test_a_damaged_file_is_told_by_who_packs_it_and_not_by_who_looks_at_a_little(tmp_path, caplog):
+    write_lines(tmp_path / "a.txt", ["10"] * 50)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"20\n" * 9)[:-9])
+    plan = plan_of([str(tmp_path)], How(Numerals(), 16, "text", part_bytes=1000, skip_damaged=True))
+    list(_sample(plan, "text", skip_damaged=True))
+    assert "damaged" not in caplog.text
+    prepare([str(tmp_path)], tokenizer=Numerals(), output=tmp_path / "out", seq_len=8, skip_damaged=True)
+    assert caplog.text.count("b.txt.gz is damaged") == 1
+
+
 def test_a_line_of_five_megabytes_is_packed_whole(teacher, tmp_path):
     words = sorted((p[1:] for p in teacher.hugging_face.get_vocab() if p[:1] == "▁" and p[1:].isalpha()), key=len)[
         -100:
@@ -506,6 +529,31 @@ def test_text_that_is_touched_while_it_is_read_is_the_same(tmp_path, caplog):
         made = prepare([str(text)], tokenizer=Toucher(), output=tmp_path / "out", seq_len=16)
     assert made.documents == 200
     assert "a.txt was touched or written to meanwhile: hashing the text once more" in caplog.text
+
+
+def test_parts_are_kept_where_it_cannot_be_told_whether_text_has_changed(tmp_path, monkeypatch):
+    text = tmp_path / "a.txt"
+    write_lines(text, random_numerals(200))
+    how = {"tokenizer": Numerals(), "output": tmp_path / "store/out", "seq_len": 16}
+
+    def stale(source):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(source))
+
+    with monkeypatch.context() as patched:
+        plan_of_all = request.plan_of
+
+        def plan_then_fail(*asked):
+            plan = plan_of_all(*asked)
+            patched.setattr(request, "_state_of", stale)
+            return plan
+
+        patched.setattr("distilcb.data.prepare.plan_of", plan_then_fail)
+        with pytest.raises(
+            DataError, match=r"Stale file handle: .*a\.txt.* The same command goes on once it can be read"
+        ):
+            prepare([str(text)], **how)
+    monkeypatch.setattr(packing.PartMaker, "_make", lambda *_: pytest.fail("made again"))
+    assert prepare([str(text)], **how).documents == 200
 
 
 @pytest.mark.parametrize("change", ["longer", "same size", "gone"])
