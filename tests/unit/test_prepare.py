@@ -285,7 +285,7 @@ def test_a_compressed_table_is_opened_once_for_the_sample(tmp_path, monkeypatch)
 
 
 def test_a_damaged_file_is_told_by_who_packs_it_and_not_by_who_looks_at_a_little(tmp_path, caplog):
-    write_lines(tmp_path / "a.txt", ["10"] * 50)
+    write_lines(tmp_path / "a.txt", random_numerals(50))
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"20\n" * 9)[:-9])
     plan = plan_of([str(tmp_path)], How(Numerals(), 16, "text", part_bytes=1000, skip_damaged=True))
     list(_sample(plan, "text", skip_damaged=True))
