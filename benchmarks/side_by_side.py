@@ -23,10 +23,21 @@ from distilcb.eval.speed import in_turn, wait_for_device
 def parser_of(description: str) -> argparse.ArgumentParser:
     """With the options that every benchmark takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, ratios named")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the tables there, as Markdown")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under a minute")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the figures there, ratios named")
+    parser.add_argument("--report", type=_new_file, metavar="FILE", help="also write the tables there, as Markdown")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: about a minute")
     return parser
+
+
+def folder(name: str) -> Path:
+    """One that is there, for argparse."""
+    if not Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"{name} is no folder")
+    return Path(name)
+
+
+def _new_file(name: str) -> Path:
+    return folder(str(Path(name).parent)) / Path(name).name
 
 
 def medians(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:

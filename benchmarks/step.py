@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import CamembertConfig, CamembertForMaskedLM
 
 from distilcb import distributed
-from distilcb.command_line import parse_command_line
+from distilcb.command_line import number, parse_command_line
 from distilcb.config import DEFAULT_RECIPE, REPOSITORY, Config
 from distilcb.data.blocks import RandomBlocks
 from distilcb.data.loader import Batch, training_batches
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.engine.deepspeed_config import DTYPES
+from distilcb.errors import ConfigError
 from distilcb.losses.triplet import coefficients
 from distilcb.models.families import Family
 from distilcb.models.student import build_student
@@ -135,11 +136,13 @@ def begin(parser: argparse.ArgumentParser, words: list[str], *, names: str, roun
         names: the cases, where none are named.
         rounds: of a measurement, where no number is given; quick: with --quick.
     """
-    known = "of real, real_128, real_512, mini, first"
-    parser.add_argument("--cases", default=names, help=f"{known} (default: {names})")
-    parser.add_argument("--rounds", type=int, help=f"turns of each contender (default: {rounds}, with --quick {quick})")
+    known = ("real", "real_128", "real_512", "mini", "first")
+    parser.add_argument("--cases", default=names, help=f"of {', '.join(known)} (default: {names})")
+    parser.add_argument("--rounds", type=number(1), help=f"turns of each (default: {rounds}, with --quick {quick})")
     parser.add_argument("--local_rank", help="set by launchers")
     options, settings = parser.parse_known_args(words)
+    if unknown := [name for name in options.cases.split(",") if name not in known]:
+        raise ConfigError(f"--cases {', '.join(unknown)}: there are {', '.join(known)}.")
     command = parse_command_line([*recipe_words(), *settings])
     place = take_place(command)
     return Session(

@@ -5,6 +5,7 @@ Imports no torch, so `--help` answers at once.
 """
 
 import argparse
+import difflib
 import json
 import math
 import re
@@ -147,7 +148,14 @@ class Parser(argparse.ArgumentParser):
     """A parser whose faults are those of a user: one message, on one rank."""
 
     def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(message)
+        raise ConfigError(message + self._meant(message))
+
+    def _meant(self, message: str) -> str:
+        """The options that unknown ones are likely to stand for."""
+        unknown = message.split() if message.startswith("unrecognized arguments:") else []
+        names = (word.partition("=")[0] for word in unknown if word.startswith("--"))
+        near = [difflib.get_close_matches(name, self._option_string_actions, n=1) for name in names]
+        return "".join(f". Did you mean {found[0]}?" for found in near if found)
 
 
 def number(least: float, most: float = math.inf, *, kind: Callable[[str], float] = int) -> Callable[[str], Any]:

@@ -15,7 +15,7 @@ from distilcb.data.damage import Damage
 from distilcb.data.data_report import DataReport, write_report
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, sum_of_arrays
 from distilcb.data.request import ChangedError, How, Plan
-from distilcb.data.working_folder import wait_until_seen
+from distilcb.data.working_folder import made_before, wait_until_seen
 from distilcb.durability import sync
 from distilcb.errors import DataError, first_line, writing
 
@@ -54,6 +54,7 @@ class Assembly:
                 f"{', '.join(self.plan.names)}: {self._sum('documents')} documents with {self._sum('tokens')} tokens "
                 f"fill no block of {self.how.seq_len} tokens. Give more text, or a smaller seq_len.{left_out}"
             )
+        made_before(output, self.content)  # other text or options may have taken the name meanwhile
         assembled = self.folder / "assembled"
         shutil.rmtree(assembled, ignore_errors=True)  # of a start that was killed here
         with writing(output, DataError, ON_FULL_DISK):
@@ -117,12 +118,14 @@ class Assembly:
     def _damage(self) -> dict[str, int]:
         """What was survived; the newer counts where they are not zero."""
         names = [each.name for each in fields(Damage) if each.name != "damaged"]
+        names.append("damaged_files")  # as parts of an older version count them
         counts = {name: sum(part.damage.get(name, 0) for part in self.facts) for name in names}
-        counts["damaged_files"] = len({file for part in self.facts for file in part.damage.get("damaged", [])})
-        counts["damaged_files"] += sum(
-            part.damage.get("damaged_files", 0) for part in self.facts
-        )  # of an older version
+        counts["damaged_files"] += len(self._damaged())
         return {name: count for name, count in counts.items() if count or not name.startswith("damaged_")}
+
+    def _damaged(self) -> list[str]:
+        """Names of the files that are."""
+        return sorted({file for part in self.facts for file in part.damage.get("damaged", [])})
 
     def _warn_of_damage(self, made: Description) -> None:
         names, damage = ", ".join(self.plan.names), made.damage
@@ -132,11 +135,12 @@ class Assembly:
                 "encoding convert it first, as with iconv -f latin1 -t utf-8",
                 *(names, damage["undecodable_documents"], made.documents),
             )
-        if damage.keys() & {"damaged_files", "damaged_records"}:
+        if files := damage.get("damaged_files"):
             log.warning(
-                "%s: skipped what %d damaged file(s) held after the damage, and %d record(s) that are no JSON",
-                *(names, damage.get("damaged_files", 0), damage.get("damaged_records", 0)),
+                "skipped what %d damaged file(s) held after the damage showed: %s", files, ", ".join(self._damaged())
             )
+        if records := damage.get("damaged_records"):
+            log.warning("%s: skipped %d record(s) that are no JSON", names, records)
         if damage["control_characters"]:
             log.warning("%s: %d control characters became spaces", names, damage["control_characters"])
 

@@ -94,6 +94,8 @@ def _files(name: str) -> list[Path]:
         files = sorted(p for p in matches if _format(p))
     if not files:
         what = "has no readable file" if path.is_dir() or matches else "does not exist"
+        if "," in name and all(Path(part).expanduser().exists() for part in name.split(",")):
+            what += ": several names are given with spaces between them here"
         raise DataError(f"{name} {what}. Needed: a file, folder or glob of {_readable()}.")
     return files
 
@@ -412,9 +414,11 @@ def _of_lines(
         if text is None:
             text = ""  # as a null in parquet
         if not isinstance(text, str):
-            names = sorted(record) if isinstance(record, dict) else type(record).__name__
+            came = sorted(record) if isinstance(record, dict) else type(record).__name__
+            if isinstance(record, dict) and text_field in record:
+                came = f"'{text_field}' as {type(text).__name__}"
             raise DataError(
-                f"{path}, line {lines_before() + number}: came {names}, needed a text named '{text_field}'. "
+                f"{path}, line {lines_before() + number}: came {came}, needed a text named '{text_field}'. "
                 f"{_NAME_ANOTHER}"
             )
         yield text

@@ -44,7 +44,7 @@ class Damage:
         """Note a file that is damaged."""
         self.damaged.append(str(source))
         if self._tells:
-            log.warning("%s is damaged (%s): what can be read before that is kept", source, fault)
+            log.warning("%s is damaged (%s): what was read before that showed is kept", source, fault)
 
 
 def _is_damage(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distilcb.command_line import CommandLine, Parser, number, parse_command_line
-from distilcb.config import Config, accumulation_steps, even_sizes
+from distilcb.config import MOST_TOKENS, Config, accumulation_steps, even_sizes
 from distilcb.durability import write_durably
 from distilcb.engine import deepspeed_config
 from distilcb.errors import ConfigError, writing
@@ -27,6 +27,7 @@ from distilcb.plan.sizes import Sizes, sizes_of
 
 log = logging.getLogger(__name__)
 
+_OF_AUTO = f"the most that fits of up to {MOST_TOKENS['cuda']:,} tokens, beyond which a GPU gets no faster"
 _WIDTHS = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
@@ -95,7 +96,8 @@ def make_plan(command: CommandLine, options: argparse.Namespace) -> dict[str, An
         "checkpoint_bytes": disk,
         # One more while the next is saved, and the exported student in fp32.
         "disk_bytes": disk * (config.train.keep_checkpoints + 1) + 4.0 * sizes.student.parameters,
-        "assumptions": _assumptions(machine, gpu.name, width=width, rate=rate, measured_on=measured_on),
+        "assumptions": _assumptions(machine, gpu.name, width=width, rate=rate, measured_on=measured_on)
+        | ({"micro_batch auto": _OF_AUTO} if config.optim.micro_batch == "auto" else {}),
     }
 
 
@@ -121,8 +123,8 @@ def _largest_micro_batch(config: Config, sizes: Sizes, machine: Machine, *, widt
         needed = memory(config, sizes, machine, micro_batch=1, width=width).total
         raise ConfigError(
             f"one sequence of {config.data.seq_len} tokens needs {needed / 1e9:.1f} GB on each device, which has "
-            f"{machine.memory / 1e9:.0f} GB. Take a smaller data.seq_len, more GPUs, or "
-            "--train.activation_checkpointing true."
+            f"{machine.memory / 1e9:.0f} GB, {RESERVED:.0%} of them kept free. Take a smaller data.seq_len, more GPUs, "
+            "or --train.activation_checkpointing true."
         )
     return most
 

@@ -219,4 +219,4 @@ def test_a_mistake_on_the_command_line_is_told_once_whatever_the_ranks(commands,
     ended = commands.deepspeed(2, program, *needed.get(program, [TEACHER, "--output", "out"]), "--ouput=x")
     assert ended.stderr.count("unrecognized arguments: --ouput=x") == 1, ended.stderr
     assert "usage:" not in ended.stdout + ended.stderr
-    assert_refused(ended, "ConfigError: unrecognized arguments: --ouput=x")
+    assert_refused(ended, "ConfigError: unrecognized arguments: --ouput=x. Did you mean --output?")

@@ -226,6 +226,12 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     assert names(find_sources(["~/texte", "~/texte/*.txt"]), tmp_path) == ["texte/a.txt"]
 
 
+def test_names_with_commas_between_them_are_told_apart_from_files_that_are_gone(tmp_path):
+    names = [str(write(tmp_path / name)) for name in ("a.txt", "b.txt")]
+    with pytest.raises(DataError, match="does not exist: several names are given with spaces between them here"):
+        find_sources([",".join(names)])
+
+
 @pytest.mark.parametrize("name", ["nowhere.txt", "nowhere/", "nowhere/*.txt"])
 def test_a_name_that_stands_for_nothing_is_refused(tmp_path, name):
     write(tmp_path / "there.txt")
@@ -277,8 +283,8 @@ def test_a_line_that_is_not_json_is_named_by_number(tmp_path, line, reason, comp
     ("line", "came"),
     [
         ('{"texte": "b", "id": 1}', "came ['id', 'texte']"),
-        ('{"text": 3}', "came ['text']"),
-        ('{"text": ["a"]}', "came ['text']"),
+        ('{"text": 3}', "came 'text' as int"),
+        ('{"text": ["a"]}', "came 'text' as list"),
         ('["a"]', "came list"),
         ('"a"', "came str"),
         ("null", "came NoneType"),

@@ -433,6 +433,39 @@ def test_an_output_that_holds_other_blocks_is_refused_and_untouched(tmp_path, ch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_an_output_that_is_damaged_is_not_taken_for_done(tmp_path, damage):
+    text = write_lines(tmp_path / "a.txt", random_numerals(200))
+    prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+    if damage == "gone":
+        (tmp_path / "out" / ARROW).unlink()
+    else:
+        os.truncate(tmp_path / "out" / ARROW, 500)
+    with pytest.raises(DataError, match="out is there and damaged: move it aside or delete it first"):
+        prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+
+
+def test_an_output_that_another_start_has_taken_meanwhile_is_told_as_that(tmp_path):
+    text, other = (write_lines(tmp_path / name, random_numerals(200, seed=7)) for name in ("a.txt", "b.txt"))
+    write_lines(tmp_path / "b.txt", random_numerals(300))
+
+    class Overtaken(Numerals):
+        def encode(self, documents):
+            if not self.calls:
+                prepare([other], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+            return super().encode(documents)
+
+    with pytest.raises(DataError, match=r"out is there and holds something else.*of other text or with other options"):
+        prepare([text], tokenizer=Overtaken(), output=tmp_path / "out", seq_len=16)
+    assert read_description(tmp_path / "out").documents == 300
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_told_and_not_waited_for(tmp_path):
+    text = write_lines(tmp_path / "a.txt", random_numerals(200))
+    with pytest.raises(DataError, match=r"/proc/.* cannot be written .*Name a folder in which files can be made"):
+        prepare([text], tokenizer=Numerals(), output=Path("/proc/out"), seq_len=16)
+
+
 def test_an_output_that_holds_other_files_or_is_a_file_is_refused_and_untouched(tmp_path):
     text = write_lines(tmp_path / "a.txt", random_numerals(200))
     (tmp_path / "out").mkdir()
