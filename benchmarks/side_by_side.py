@@ -25,7 +25,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the figures there, ratios named")
     parser.add_argument("--report", type=_new_file, metavar="FILE", help="also write the tables there, as Markdown")
-    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: about a minute")
+    parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under a minute")
     return parser
 
 

@@ -137,10 +137,11 @@ def begin(parser: argparse.ArgumentParser, words: list[str], *, names: str, roun
         rounds: of a measurement, where no number is given; quick: with --quick.
     """
     known = ("real", "real_128", "real_512", "mini", "first")
-    parser.add_argument("--cases", default=names, help=f"of {', '.join(known)} (default: {names})")
+    parser.add_argument("--cases", help=f"of {', '.join(known)} (default: {names}, with --quick mini)")
     parser.add_argument("--rounds", type=number(1), help=f"turns of each (default: {rounds}, with --quick {quick})")
     parser.add_argument("--local_rank", help="set by launchers")
     options, settings = parser.parse_known_args(words)
+    options.cases = options.cases or ("mini" if options.quick else names)
     if unknown := [name for name in options.cases.split(",") if name not in known]:
         raise ConfigError(f"--cases {', '.join(unknown)}: there are {', '.join(known)}.")
     command = parse_command_line([*recipe_words(), *settings])
