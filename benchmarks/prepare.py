@@ -47,7 +47,7 @@ PART_MEGABYTES = 4
 def main(words: list[str]) -> None:
     # Processes that prepare begin by importing this file, and launch/prepare.py has nothing as slow as torch.
     from side_by_side import folder as folder_there
-    from side_by_side import medians, parser_of, table, tell
+    from side_by_side import medians, parser_of, tell
 
     parser = parser_of(__doc__ or "")
     parser.add_argument("--folder", type=folder_there, help="for text and blocks (default: the temporary folder)")
@@ -83,40 +83,60 @@ def main(words: list[str]) -> None:
         long.unlink()
         large = prepare_large(folder, options.large << 20, cores) if options.large else {}
     rates = {name: size / seconds[name] for name, (_, size) in contenders.items()}
-    figures: dict[str, Any] = {"megabytes": megabytes, "cores": cores, "peak_bytes_of_a_process": peak}
-    rows = []
-    for name, rate in rates.items():
-        figures[name] = {
-            "bytes_per_second": rate,
-            "tokens_per_second": rate * tokens_a_byte,
-            "over_line_by_line": rate / rates["line by line, one process"],
-            "over_the_original": rate / rates["the original's way"],
-        }
-        shown = figures[name]
-        rows.append(
-            (
-                name,
-                f"{rate / 1e6:.2f}",
-                f"{rate * tokens_a_byte:,.0f}",
-                f"{shown['over_line_by_line']:.1f}",
-                f"{shown['over_the_original']:.1f}",
-            )
+    rows = {name: figures_of(rate, rates, tokens_a_byte) for name, rate in rates.items()}
+    figures = {"megabytes": megabytes, "cores": cores, "peak_bytes_of_a_process": peak} | rows
+    if large:
+        figures["large"] = large
+    text = text_of(rows, large, rounds=rounds, megabytes=megabytes, cores=cores, peak=peak)
+    tell("Preparing text", text, figures, options, "python benchmarks/prepare.py " + " ".join(words))
+
+
+def figures_of(rate: float, rates: dict[str, float], tokens_a_byte: float) -> dict[str, float]:
+    """Of a contender that takes so many bytes a second."""
+    return {
+        "bytes_per_second": rate,
+        "tokens_per_second": rate * tokens_a_byte,
+        "over_line_by_line": rate / rates["line by line, one process"],
+        "over_the_original": rate / rates["the original's way"],
+    }
+
+
+def text_of(
+    rows: dict[str, dict[str, float]],
+    large: dict[str, float],
+    *,
+    rounds: int,
+    megabytes: int,
+    cores: int,
+    peak: int,
+) -> str:
+    """The figures as Markdown."""
+    from side_by_side import table
+
+    shown = [
+        (
+            name,
+            f"{each['bytes_per_second'] / 1e6:.2f}",
+            f"{each['tokens_per_second']:,.0f}",
+            f"{each['over_line_by_line']:.1f}",
+            f"{each['over_the_original']:.1f}",
         )
+        for name, each in rows.items()
+    ]
     text = (
         f"{megabytes} MB of French for ours, a quarter of it for the others, blocks of {SEQ_LEN}, median of {rounds} "
         "in turn; one process of ours beside one of theirs is the ratio a core. Ours in parts of "
         f"{PART_MEGABYTES} MB, where the command has {PART_BYTES >> 20}.\n\n"
-        + table(["", "MB/s", "tokens/s", "line by line = 1", "the original = 1"], rows)
+        + table(["", "MB/s", "tokens/s", "line by line = 1", "the original = 1"], shown)
         + f"\n\nPeak memory of one process of ours: {peak / 1e6:,.0f} MB."
     )
-    if large:
-        figures["large"] = large
-        minutes, rate, most = large["seconds"] / 60, large["bytes"] / large["seconds"], large["peak_bytes_of_a_process"]
-        text += (
-            f"\n\n`launch/prepare.py` on {large['bytes'] / 1e9:.1f} GB, {cores} processes: {minutes:.1f} minutes, "
-            f"{rate / 1e6:.1f} MB/s; no process had more than {most / 1e6:,.0f} MB of resident memory."
-        )
-    tell("Preparing text", text, figures, options, "python benchmarks/prepare.py " + " ".join(words))
+    if not large:
+        return text
+    minutes, rate, most = large["seconds"] / 60, large["bytes"] / large["seconds"], large["peak_bytes_of_a_process"]
+    return text + (
+        f"\n\n`launch/prepare.py` on {large['bytes'] / 1e9:.1f} GB, {cores} processes: {minutes:.1f} minutes, "
+        f"{rate / 1e6:.1f} MB/s; no process had more than {most / 1e6:,.0f} MB of resident memory."
+    )
 
 
 def ours(text: Path, output: Path, processes: int) -> None:

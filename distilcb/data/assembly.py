@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from distilcb.data.blocks import TOKEN_COUNTS, Description
-from distilcb.data.corpus import Source
 from distilcb.data.damage import Damage
 from distilcb.data.data_report import DataReport, write_report
 from distilcb.data.packing import ON_FULL_DISK, PartFacts, sum_of_arrays
 from distilcb.data.request import ChangedError, How, Plan
+from distilcb.data.tables import Source
 from distilcb.data.working_folder import made_before, wait_until_seen
 from distilcb.durability import sync
 from distilcb.errors import DataError, first_line, writing

@@ -1,53 +1,29 @@
 """Sources of text: files, folders, globs and data sets of the hub, read as a stream of documents."""
 
 import glob
-import gzip
 import io
-import itertools
 import json
 import logging
-import lzma
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from distilcb.data.compression import COMPRESSIONS, open_bytes
 from distilcb.data.damage import Damage, UntilDamage, clean, naming
+from distilcb.data.tables import NAME_ANOTHER, OpenDataset, Source, opened, read_dataset, read_parquet
 from distilcb.errors import DataError, first_line
 from distilcb.hub import HUB_PREFIX, HubDataset
 
-
-@dataclass(frozen=True)
-class OpenDataset:
-    """A data set that is loaded; another process that gets it maps the same files and asks no hub."""
-
-    name: HubDataset
-
-    @cached_property
-    def rows(self) -> Any:
-        """The datasets.Dataset."""
-        return self.name.load()
-
-    def __str__(self) -> str:
-        return str(self.name)
-
-
 log = logging.getLogger(__name__)
 
-Source = Path | HubDataset | OpenDataset
-
 _FORMATS = (".txt", ".jsonl", ".parquet")
-_COMPRESSIONS = (".gz", ".xz", ".zst")
 # Where a disk's own root keeps what a check of it finds; closed to users.
 _OF_THE_FILE_SYSTEM = "lost+found"
 _PIECE_CHARACTERS = 1 << 20
 _SKIPPED_AT_ONCE = 1 << 20
-_NAME_ANOTHER = "Name another with --data.text_field (launch/prepare.py: --text_field)."
 
 
 def find_sources(names: Sequence[str]) -> list[Source]:
@@ -141,9 +117,9 @@ def _texts(
 ) -> Iterator[str | bytes]:
     """As they are; lines of a .txt with their ends."""
     if isinstance(source, OpenDataset):
-        yield from _read_dataset(source, text_field, start, end)
+        yield from read_dataset(source, text_field, start, end)
     elif _format(source) == ".parquet":
-        yield from _read_parquet(source, text_field, start, end)
+        yield from read_parquet(source, text_field, start, end)
     else:
         lines = _lines(source, start, end)
         before = partial(_count_lines_before, source, start)
@@ -202,7 +178,7 @@ def read_chunks(path: Path, *, chunk_bytes: int, skip_damaged: bool = False) -> 
         DataError: the file is damaged.
     """
     lines = position = 0
-    with naming(path), _open_bytes(path) as (compressed, tell):
+    with naming(path), open_bytes(path) as (compressed, tell):
         stream = UntilDamage(compressed, survives=skip_damaged)
         ahead, is_first = stream.read(1), True
         while ahead or (stream.fault and is_first):
@@ -213,14 +189,9 @@ def read_chunks(path: Path, *, chunk_bytes: int, skip_damaged: bool = False) -> 
             lines, position, is_first = lines + text.count(b"\n"), there, False
 
 
-def opened(source: Source) -> Path | OpenDataset:
-    """The source with its data set loaded, when it is needed."""
-    return OpenDataset(source) if isinstance(source, HubDataset) else source
-
-
 def is_compressed(source: Source) -> bool:
     """Whether it is a file that can only be read from its beginning."""
-    return isinstance(source, Path) and source.suffix in _COMPRESSIONS
+    return isinstance(source, Path) and source.suffix in COMPRESSIONS
 
 
 def is_compressed_lines(source: Source) -> bool:
@@ -231,39 +202,6 @@ def is_compressed_lines(source: Source) -> bool:
 def is_table(source: Source) -> bool:
     """Whether it is read by rows: a plain .parquet, a data set."""
     return not isinstance(source, Path) or source.suffix == ".parquet"
-
-
-def table_groups(source: Source, *, text_field: str, skip_damaged: bool = False) -> list[tuple[int, int]]:
-    """(rows, bytes of text, about) of each stretch of a table that is stored together.
-
-    Args:
-        skip_damaged: give of a file that is no table one stretch of no rows; whoever reads it counts the damage.
-
-    Raises:
-        DataError: not a table, or no such column.
-    """
-    source = opened(source)
-    if isinstance(source, OpenDataset):
-        rows = source.rows
-        _check_column(source, rows.column_names, text_field)
-        return [(len(rows), rows.data.column(text_field).nbytes)]
-    with naming(source, Damage(skips=skip_damaged, tells=False)), _open_table(source) as table:
-        _check_column(source, table.schema_arrow.names, text_field)
-        groups = [table.metadata.row_group(number) for number in range(table.num_row_groups)]
-        return [(group.num_rows, _column_bytes(group, text_field)) for group in groups]
-    return [(0, 0)]
-
-
-def starts_of_groups(source: Path) -> list[int]:
-    """The first row of each stretch of a table that is stored together; before it nothing need be decoded."""
-    with naming(source), _open_table(source) as table:
-        rows = [table.metadata.row_group(number).num_rows for number in range(table.num_row_groups)]
-    return list(itertools.accumulate(rows[:-1], initial=0))
-
-
-def _column_bytes(group: Any, text_field: str) -> int:
-    columns = [group.column(number) for number in range(group.num_columns)]
-    return sum(each.total_uncompressed_size for each in columns if each.path_in_schema == text_field)
 
 
 def _cleaned(source: Source, texts: Iterable[str | bytes], damage: Damage) -> Iterator[str]:
@@ -280,86 +218,23 @@ def kind_of(source: Source) -> list[str]:
     """Format and compression of a readable file, such as [".jsonl", ".gz"]: what its name says of how to read it."""
     if not isinstance(source, Path):
         return [HUB_PREFIX]
-    return [suffix for suffix in source.suffixes if suffix in _FORMATS + _COMPRESSIONS]
+    return [suffix for suffix in source.suffixes if suffix in _FORMATS + COMPRESSIONS]
 
 
 def _readable() -> str:
-    return f"{', '.join(_FORMATS)}, each also with {', '.join(_COMPRESSIONS)}"
+    return f"{', '.join(_FORMATS)}, each also with {', '.join(COMPRESSIONS)}"
 
 
 def _format(path: Path) -> str:
     """'.txt', '.jsonl' or '.parquet', whatever the compression; '' for other files and hidden ones."""
-    suffixes = [s for s in path.suffixes if s not in _COMPRESSIONS]
+    suffixes = [s for s in path.suffixes if s not in COMPRESSIONS]
     last = suffixes[-1] if suffixes else ""
     return last if last in _FORMATS and not path.name.startswith(".") else ""
 
 
-@contextmanager
-def _open_bytes(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
-    """The decompressed bytes, and how far the file itself has been read."""
-    if path.suffix == ".zst":
-        import pyarrow
-
-        # zstandard's stream_reader takes a file that ends in the middle for a whole one.
-        with pyarrow.OSFile(str(path)) as raw, pyarrow.CompressedInputStream(raw, "zstd") as zst:
-            yield io.BufferedReader(zst, buffer_size=1 << 20), raw.tell
-        return
-    with path.open("rb") as file:
-        if path.suffix == ".gz":
-            with gzip.open(file) as stream:
-                yield stream, file.tell  # type: ignore[misc]
-        elif path.suffix == ".xz":
-            yield io.BufferedReader(_XzStreams(file), buffer_size=1 << 16), file.tell
-        else:
-            yield file, file.tell
-
-
-class _XzStreams(io.RawIOBase):
-    """What all streams of an .xz hold.
-
-    lzma.open ends without a word where what follows a stream is damaged, or is the padding that the format allows.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._ahead = file, b""
-        self._stream = lzma.LZMADecompressor()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = b""
-        while not data:
-            if self._stream.eof and not self._begin_next():
-                return 0
-            taken = b""
-            if self._stream.needs_input:
-                taken, self._ahead = self._ahead or self._file.read(io.DEFAULT_BUFFER_SIZE), b""
-                if not taken:
-                    raise EOFError
-            data = self._stream.decompress(taken, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _begin_next(self) -> bool:
-        """Whether there is another stream; LZMAError where something else follows."""
-        padding, after = 0, self._stream.unused_data
-        while after or (after := self._file.read(io.DEFAULT_BUFFER_SIZE)):
-            padding += len(after)
-            after = after.lstrip(b"\0")
-            padding -= len(after)
-            if after:
-                break
-        if padding % 4:
-            raise lzma.LZMAError("zero bytes after a stream, not in fours")
-        if after:
-            self._stream, self._ahead = lzma.LZMADecompressor(lzma.FORMAT_XZ), after
-        return bool(after)
-
-
 def _lines(path: Path, start: int, end: int | None) -> Iterator[bytes]:
     """The lines that begin from byte `start` up to byte `end`."""
-    with _open_bytes(path) as (stream, _):
+    with open_bytes(path) as (stream, _):
         position = start
         if start:
             position, line = stream.seek(start - 1), b""
@@ -419,71 +294,6 @@ def _of_lines(
                 came = f"'{text_field}' as {type(text).__name__}"
             raise DataError(
                 f"{path}, line {lines_before() + number}: came {came}, needed a text named '{text_field}'. "
-                f"{_NAME_ANOTHER}"
+                f"{NAME_ANOTHER}"
             )
         yield text
-
-
-@contextmanager
-def _open_table(path: Path) -> Iterator[Any]:
-    """A pyarrow ParquetFile; a compressed one is unpacked on disk. OSError where it is damaged."""
-    import pyarrow
-    import pyarrow.parquet
-
-    with ExitStack() as closing, _open_bytes(path) as (stream, _):
-        if path.suffix != ".parquet":
-            unpacked = closing.enter_context(tempfile.TemporaryFile())
-            shutil.copyfileobj(stream, unpacked)
-            stream = unpacked
-        try:
-            # With a buffer, a row group's column is read bit by bit and not whole.
-            yield pyarrow.parquet.ParquetFile(stream, buffer_size=1 << 20)
-        except pyarrow.ArrowInvalid as error:
-            raise OSError(f"not parquet ({error})") from error
-
-
-def _read_parquet(path: Path, text_field: str, start: int, end: int | None) -> Iterator[str | bytes]:
-    with _open_table(path) as table:
-        _check_column(path, table.schema_arrow.names, text_field)
-        first = 0
-        for number in range(table.num_row_groups):
-            last = first + table.metadata.row_group(number).num_rows
-            if last > start and (end is None or first < end):
-                for batch in table.iter_batches(columns=[text_field], row_groups=[number], batch_size=1024):
-                    before = max(0, start - first)  # these rows are decoded, and no more
-                    wanted = batch.slice(before, None if end is None else max(0, end - first - before))
-                    first += len(batch)
-                    for text in _values(wanted.column(0)):
-                        yield _text_of(path, text_field, text)
-                    if end is not None and first >= end:
-                        return
-            first = last
-
-
-def _values(column: Any) -> list[Any]:
-    """A column's texts; as bytes where not all are UTF-8, which whoever wrote the file need not have looked at."""
-    try:
-        return column.to_pylist()  # type: ignore[no-any-return]
-    except UnicodeDecodeError:
-        return column.cast("large_binary").to_pylist()  # type: ignore[no-any-return]
-
-
-def _read_dataset(source: OpenDataset, text_field: str, start: int, end: int | None) -> Iterator[str | bytes]:
-    _check_column(source, source.rows.column_names, text_field)
-    rows = source.rows.select_columns(text_field)
-    rows = rows.select(range(start, len(rows) if end is None else end))
-    for batch in rows.iter(batch_size=1024):
-        for text in batch[text_field]:
-            yield _text_of(source, text_field, text)
-
-
-def _check_column(source: Source, names: list[str], text_field: str) -> None:
-    if text_field not in names:
-        raise DataError(f"{source}: columns {names}, needed one named '{text_field}'. {_NAME_ANOTHER}")
-
-
-def _text_of(source: Source, text_field: str, text: Any) -> str | bytes:
-    """A cell's text; none is an empty one."""
-    if not isinstance(text, str | bytes | None):
-        raise DataError(f"{source}: column '{text_field}' holds {type(text).__name__}, needed text. {_NAME_ANOTHER}")
-    return text or ""

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distilcb.data.blocks import Blocks, BlockSource
-from distilcb.data.corpus import Source, find_sources
+from distilcb.data.corpus import find_sources
 from distilcb.data.order import Order, SampleOrder, key, permute
 from distilcb.data.prepare import prepared_folder
+from distilcb.data.tables import Source
 from distilcb.errors import DataError
 
 # Places that are dealt at a time, at most: a table of 8 MB, and shares that are kept to a millionth.

@@ -21,10 +21,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from distilcb.data.corpus import OpenDataset, read_documents
+from distilcb.data.corpus import read_documents
 from distilcb.data.damage import Damage
 from distilcb.data.parts import Part
 from distilcb.data.sentence_pieces import SentencePieceEncoder, flatten
+from distilcb.data.tables import OpenDataset
 from distilcb.data.tokenizer import Vocabulary
 from distilcb.errors import DataError, writing
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distilcb.data.corpus import Chunk, Source, is_compressed, is_compressed_lines, is_table, table_groups
+from distilcb.data.corpus import Chunk, is_compressed, is_compressed_lines, is_table
+from distilcb.data.tables import Source, table_groups
 
 PART_BYTES = 32 << 20
 # Text is taken to be so many times as long as what it is compressed to; only decides what is big.

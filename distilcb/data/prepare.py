@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from distilcb.data.assembly import Assembly
 from distilcb.data.blocks import Description, is_prepared, read_description
-from distilcb.data.corpus import Source, is_compressed, is_table, read_documents, starts_of_groups
+from distilcb.data.corpus import is_compressed, is_table, read_documents
 from distilcb.data.crew import Crew
 from distilcb.data.damage import Damage
 from distilcb.data.duplicates import HashMaker, duplicates_of, find_duplicates
@@ -31,6 +31,7 @@ from distilcb.data.parts import PART_BYTES, Part, Share, share_out
 from distilcb.data.progress import Progress
 from distilcb.data.request import How, Plan, PreparingTokenizer, plan_of, shared_content_key
 from distilcb.data.sentence_pieces import faster_encoder
+from distilcb.data.tables import Source, starts_of_groups
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.data.workers import Workers, parts_of_share
 from distilcb.data.working_folder import made_before, working_folder

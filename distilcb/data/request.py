@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from distilcb.data.corpus import OpenDataset, Source, find_sources, kind_of, opened
+from distilcb.data.corpus import find_sources, kind_of
 from distilcb.data.crew import Crew
 from distilcb.data.parts import PART_BYTES, Part, Stream, cut
 from distilcb.data.progress import Progress
+from distilcb.data.tables import OpenDataset, Source, opened
 from distilcb.data.tokenizer import Vocabulary
 from distilcb.errors import ConfigError, DataError
 

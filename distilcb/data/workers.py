@@ -17,8 +17,9 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from distilcb.data.corpus import Chunk, Source, read_chunks
+from distilcb.data.corpus import Chunk, read_chunks
 from distilcb.data.parts import Part, Share, Span, StreamShare
+from distilcb.data.tables import Source
 from distilcb.errors import DataError, UserError
 
 # Processes that one decompressing thread keeps busy, about.

@@ -73,11 +73,15 @@ def test_the_head_never_waits_for_the_device(dtype, mse):
         loss.backward()
 
     passes()  # kernels are compiled and loaded, which may wait
+    waited = None
     torch.cuda.set_sync_debug_mode("error")
     try:
         passes()
+    except RuntimeError as error:
+        waited = str(error)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert waited is None
 
 
 @pytest.mark.launch

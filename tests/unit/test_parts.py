@@ -16,9 +16,10 @@ import pytest
 import zstandard
 
 from distilcb.config import REPOSITORY
-from distilcb.data.corpus import find_sources, opened, read_chunks, read_documents
+from distilcb.data.corpus import find_sources, read_chunks, read_documents
 from distilcb.data.damage import Damage
 from distilcb.data.parts import Stream, cut, share_out
+from distilcb.data.tables import opened
 from distilcb.data.workers import parts_of_share
 from distilcb.errors import DataError
 

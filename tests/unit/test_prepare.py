@@ -20,7 +20,7 @@ import zstandard
 
 import distilcb
 from distilcb.config import REPOSITORY
-from distilcb.data import corpus, packing, request
+from distilcb.data import packing, request, tables
 from distilcb.data.blocks import Blocks, RandomBlocks, check_fits, is_prepared, read_description
 from distilcb.data.prepare import _sample, prepare, prepare_cached
 from distilcb.data.request import How, plan_of
@@ -278,8 +278,8 @@ def test_a_compressed_table_is_opened_once_for_the_sample(tmp_path, monkeypatch)
     with gzip.open(tmp_path / "a.parquet.gz", "wb") as stream:
         pyarrow.parquet.write_table(table, stream, row_group_size=100)
     plan = plan_of([str(tmp_path)], How(Numerals(), 16, "text", part_bytes=1000))
-    opened, open_table = [], corpus._open_table
-    monkeypatch.setattr(corpus, "_open_table", lambda path: opened.append(path) or open_table(path))
+    opened, open_table = [], tables.open_table
+    monkeypatch.setattr(tables, "open_table", lambda path: opened.append(path) or open_table(path))
     assert list(_sample(plan, "text", skip_damaged=False)) == [f"{number} mot" for number in range(20)]
     assert len(opened) == 1
 
