@@ -1,5 +1,6 @@
 """Sources of text: files, folders, globs and data sets of the hub, read as a stream of documents."""
 
+import gc
 import glob
 import io
 import json
@@ -263,6 +264,18 @@ def _count_lines_before(path: Path, start: int) -> int:
     return lines
 
 
+def _record(line: str) -> Any:
+    """What a line of JSON says. Brackets in brackets take Python to the end of its stack, where whatever the garbage
+    collector would end fails half way (a line of our own tests met it); so it waits until the line is read."""
+    collected = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(line)
+    finally:
+        if collected:
+            gc.enable()
+
+
 def _of_lines(
     path: Path, lines: Iterable[bytes], text_field: str, damage: Damage, *, lines_before: Callable[[], int]
 ) -> Iterator[str | bytes]:
@@ -275,7 +288,7 @@ def _of_lines(
         if not line:
             continue
         try:
-            record: Any = json.loads(line)
+            record = _record(line)
         except (ValueError, RecursionError) as error:
             if damage.may_skip:
                 damage.damaged_records += 1

@@ -1,6 +1,7 @@
 """Sources of text: the same documents from every format, and faults that are named or survived, never passed over."""
 
 import errno
+import gc
 import gzip
 import json
 import lzma
@@ -277,6 +278,39 @@ def test_a_line_that_is_not_json_is_named_by_number(tmp_path, line, reason, comp
     message = fault(path)
     assert "line 4: not JSON" in message
     assert reason in message
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_what_the_collector_ends_beside_a_line_of_many_brackets_ends_whole(tmp_path, monkeypatch, collects):
+    ended, failed = [], []
+
+    class Garbage:
+        def __del__(self):
+            ended.append(depth(100))
+
+    def depth(left):
+        return 1 + (depth(left - 1) if left else 0)
+
+    monkeypatch.setattr("sys.unraisablehook", failed.append)
+    path = tmp_path / "a.jsonl"
+    path.write_text("[" * 100_000)
+    thresholds = gc.get_threshold()
+    try:
+        if not collects:
+            gc.disable()
+        for often in range(300, 1000, 50):  # so many lists are made before the collector looks
+            garbage = Garbage()
+            garbage.itself = garbage
+            del garbage
+            gc.set_threshold(often)
+            assert "not JSON" in fault(path)
+            assert gc.isenabled() == collects
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable()
+    gc.collect()
+    assert not failed
+    assert ended == [101] * 14
 
 
 @pytest.mark.parametrize(
