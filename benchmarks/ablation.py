@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from side_by_side import new_file
 
 from distilcb import distributed
 from distilcb.command_line import number
@@ -130,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--results", type=Path, default=Path("runs/ablation/results.json"), help="JSON file to go on with"
     )
-    made.add_argument("--report", type=Path, help="Markdown file to write")
+    made.add_argument("--report", type=new_file, help="Markdown file to write")
     return made
 
 

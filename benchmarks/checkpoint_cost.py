@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import new_file
 
 from distilcb import distributed
 from distilcb.command_line import parse_command_line
@@ -39,7 +40,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where to write, such as the scratch of your runs")
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--deepspeed", default="zero2_cpu", help="a file of ds_configs/ (default: zero2_cpu, fp32)")
-    parser.add_argument("--report", type=Path, help="Markdown file to write")
+    parser.add_argument("--report", type=new_file, help="Markdown file to write")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
     folder = options.folder.absolute() / "checkpoint_cost"

@@ -48,7 +48,7 @@ COLD_SHARE = 0.01
 def main(words: list[str]) -> None:
     parser = parser_of(__doc__ or "")
     parser.add_argument("--folder", type=folder_there, help="for text and blocks (default: the temporary folder)")
-    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--seq_len", type=number(8, 65_536), default=256)
     parser.add_argument("--megabytes", type=number(1), help="of text (default: 64, with --quick 4)")
     options = parser.parse_args(words)
     rounds, rows_a_turn = (2, 512) if options.quick else (5, 4096)

@@ -23,20 +23,23 @@ from distilcb.eval.speed import in_turn, wait_for_device
 def parser_of(description: str) -> argparse.ArgumentParser:
     """With the options that every benchmark takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="also write the figures there, ratios named")
-    parser.add_argument("--report", type=_new_file, metavar="FILE", help="also write the tables there, as Markdown")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the figures there, ratios named")
+    parser.add_argument("--report", type=new_file, metavar="FILE", help="also write the tables there, as Markdown")
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under a minute")
     return parser
 
 
 def folder(name: str) -> Path:
     """One that is there, for argparse."""
-    if not Path(name).is_dir():
-        raise argparse.ArgumentTypeError(f"{name} is no folder")
+    if not name or not Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"{name or 'nothing'} is no folder")
     return Path(name)
 
 
-def _new_file(name: str) -> Path:
+def new_file(name: str) -> Path:
+    """One that can be written when all is done, for argparse: in a folder that is there."""
+    if not name or Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"came {name or 'nothing'}, needed the name of a file")
     return folder(str(Path(name).parent)) / Path(name).name
 
 

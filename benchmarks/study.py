@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side_by_side import new_file
 
 from distilcb import distributed
 from distilcb.config import REPOSITORY, DataConfig, cache_folder
@@ -62,7 +63,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=370, help="steps of 64 x 128 tokens (default: 370, 3.03 M tokens)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
-    parser.add_argument("--report", type=Path, help="Markdown file to write; its figures go beside it as .json")
+    parser.add_argument("--report", type=new_file, help="Markdown file to write; its figures go beside it as .json")
     options = parser.parse_args(words)
     options.runs.mkdir(parents=True, exist_ok=True)
     if options.report:

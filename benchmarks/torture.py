@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from side_by_side import new_file
+
 from distilcb.config import REPOSITORY
 from distilcb.distributed import exit_code
 from distilcb.durability import write_durably
@@ -51,7 +53,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--runs", type=Path, default=Path("runs/torture"), help="folder for both runs; must be new")
-    parser.add_argument("--report", type=Path, help="Markdown file to write")
+    parser.add_argument("--report", type=new_file, help="Markdown file to write")
     options = parser.parse_args(words)
     # Some kills come before the first save after the last one, so steps are plenty.
     steps = SAVE_EVERY * (options.kills + 2)

@@ -153,9 +153,12 @@ class Parser(argparse.ArgumentParser):
     def _meant(self, message: str) -> str:
         """The options that unknown ones are likely to stand for."""
         unknown = message.split() if message.startswith("unrecognized arguments:") else []
-        names = (word.partition("=")[0] for word in unknown if word.startswith("--"))
-        near = [difflib.get_close_matches(name, self._option_string_actions, n=1) for name in names]
-        return "".join(f". Did you mean {found[0]}?" for found in near if found)
+        wrong = (word.partition("=")[0].removeprefix("--") for word in unknown if word.startswith("--"))
+        shown = (action for action in self._actions if action.help != argparse.SUPPRESS and action.dest != "help")
+        # Without the dashes, which all have in common.
+        names = [name.removeprefix("--") for action in shown for name in action.option_strings]
+        near = [difflib.get_close_matches(name, names, n=1) for name in wrong]
+        return "".join(f". Did you mean --{found[0]}?" for found in near if found)
 
 
 def number(least: float, most: float = math.inf, *, kind: Callable[[str], float] = int) -> Callable[[str], Any]:

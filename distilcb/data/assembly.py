@@ -21,6 +21,9 @@ from distilcb.errors import DataError, first_line, writing
 
 log = logging.getLogger(__name__)
 
+# In one warning; each has had one of its own when it was read.
+_NAMED_FILES = 20
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -54,7 +57,8 @@ class Assembly:
                 f"{', '.join(self.plan.names)}: {self._sum('documents')} documents with {self._sum('tokens')} tokens "
                 f"fill no block of {self.how.seq_len} tokens. Give more text, or a smaller seq_len.{left_out}"
             )
-        made_before(output, self.content)  # other text or options may have taken the name meanwhile
+        if made_before(output, self.content):  # or other text or options have taken the name meanwhile: DataError
+            return
         assembled = self.folder / "assembled"
         shutil.rmtree(assembled, ignore_errors=True)  # of a start that was killed here
         with writing(output, DataError, ON_FULL_DISK):
@@ -73,6 +77,8 @@ class Assembly:
             self._warn_of_damage(description)
             for path in (*assembled.iterdir(), assembled):
                 sync(path)
+            if made_before(output, self.content):  # where parts had to be copied, that was long ago
+                return
             if output.is_dir():
                 output.rmdir()  # it was empty: rename needs the name free
             assembled.rename(output)
@@ -136,9 +142,9 @@ class Assembly:
                 *(names, damage["undecodable_documents"], made.documents),
             )
         if files := damage.get("damaged_files"):
-            log.warning(
-                "skipped what %d damaged file(s) held after the damage showed: %s", files, ", ".join(self._damaged())
-            )
+            names_of_files = self._damaged()  # fewer than there are, where parts are of an older version
+            told = names_of_files[:_NAMED_FILES] + (["..."] if files > min(len(names_of_files), _NAMED_FILES) else [])
+            log.warning("skipped what %d damaged file(s) held after the damage showed: %s", files, ", ".join(told))
         if records := damage.get("damaged_records"):
             log.warning("%s: skipped %d record(s) that are no JSON", names, records)
         if damage["control_characters"]:

@@ -22,6 +22,7 @@ from distilcb.errors import DataError
 FORMAT_VERSION = 1
 DESCRIPTION = "description.json"
 TOKEN_COUNTS = "token_counts.npy"
+_AGAIN = "Move the folder aside or delete it, and prepare the text again."
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,10 @@ def read_description(folder: Path) -> Description:
         facts = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         version = facts["format_version"]
         if version != FORMAT_VERSION:
-            raise DataError(
-                f"{folder}: blocks of format {version}, this version reads {FORMAT_VERSION}. Prepare the text again."
-            )
+            raise DataError(f"{folder}: blocks of format {version}, this version reads {FORMAT_VERSION}. {_AGAIN}")
         return Description(**facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / DESCRIPTION} cannot be read ({error}). Prepare the text again.") from error
+        raise DataError(f"{folder / DESCRIPTION} cannot be read ({error}). {_AGAIN}") from error
 
 
 class BlockSource(Protocol):
@@ -98,12 +97,11 @@ class Blocks:
             self.token_counts: NDArray[np.int64] = np.load(folder / TOKEN_COUNTS, allow_pickle=False)
             parts = [datasets.Dataset.from_file(str(folder / name)) for name in self.description.files]
         except (OSError, EOFError, ValueError) as error:
-            raise DataError(f"{folder}: {error}. Prepare the text again.") from error
+            raise DataError(f"{folder}: {error}. {_AGAIN}") from error
         self._dataset = datasets.concatenate_datasets(parts).with_format("numpy")
         if len(self._dataset) != self.description.blocks:
             raise DataError(
-                f"{folder}: {len(self._dataset)} blocks on disk, {self.description.blocks} in {DESCRIPTION}. "
-                "Prepare the text again."
+                f"{folder}: {len(self._dataset)} blocks on disk, {self.description.blocks} in {DESCRIPTION}. {_AGAIN}"
             )
 
     @property

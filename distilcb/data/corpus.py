@@ -72,7 +72,7 @@ def _files(name: str) -> list[Path]:
     if not files:
         what = "has no readable file" if path.is_dir() or matches else "does not exist"
         if "," in name and all(Path(part).expanduser().exists() for part in name.split(",")):
-            what += ": several names are given with spaces between them here"
+            what += ": these are several names, and each stands by itself: with spaces between them, or in a list"
         raise DataError(f"{name} {what}. Needed: a file, folder or glob of {_readable()}.")
     return files
 

@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 
 from distilcb.data.assembly import Assembly
-from distilcb.data.blocks import Description, is_prepared, read_description
+from distilcb.data.blocks import Blocks, Description, is_prepared, read_description
 from distilcb.data.corpus import is_compressed, is_table, read_documents
 from distilcb.data.crew import Crew
 from distilcb.data.damage import Damage
@@ -92,6 +92,7 @@ def prepare(
     )
     crew = crew or Crew()
     plan = crew.from_main("plan", lambda: plan_of(names, how))
+    crew.from_main("whole", lambda: _refuse_broken(output))
     content = shared_content_key(plan, how, crew, show_progress=show_progress)
     return _prepare_content(plan, how, content, output=output, crew=crew, show_progress=show_progress)
 
@@ -134,6 +135,12 @@ def prepared_folder(names: Sequence[str]) -> Path | None:
         return path if is_prepared(path) else None
     except (OSError, RuntimeError):  # find_sources says what is wrong with it
         return None
+
+
+def _refuse_broken(output: Path) -> None:
+    """Raise DataError where blocks are there that cannot be opened: nothing that they can be made of is deleted yet."""
+    if is_prepared(output):
+        Blocks(output)
 
 
 def _prepare_content(

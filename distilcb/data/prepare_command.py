@@ -87,7 +87,9 @@ def _parser(description: str | None) -> Parser:
         type=_name,
         help="files, folders, globs, hub:NAME:CONFIG:SPLIT",
     )
-    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="tokenizer or model folder, or hub name")
+    parser.add_argument(
+        "--tokenizer", required=True, type=_name, metavar="DIR", help="tokenizer or model folder, or hub name"
+    )
     parser.add_argument(
         "--output", required=True, type=lambda text: Path(_name(text)), metavar="DIR", help="folder of blocks to write"
     )

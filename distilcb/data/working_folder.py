@@ -4,6 +4,7 @@ import glob
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from distilcb.data.blocks import Blocks, Description, is_prepared, read_description
+from distilcb.data.blocks import Description, is_prepared, read_description
 from distilcb.data.crew import Crew
 from distilcb.data.packing import has_finished_parts
 from distilcb.errors import DataError, writing
@@ -42,17 +43,8 @@ def made_before(output: Path, content: str) -> Description | None:
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 lock_file.unlink()
-        _refuse_broken(output)
         return made
     raise DataError(f"{output} is there and holds something else{_held_by(output)}. Name another, or move it aside.")
-
-
-def _refuse_broken(output: Path) -> None:
-    """Raise DataError where the blocks cannot be opened."""
-    try:
-        Blocks(output)
-    except DataError as error:
-        raise DataError(f"{error} {output} is there and damaged: move it aside or delete it first.") from error
 
 
 def _held_by(output: Path) -> str:
@@ -132,11 +124,16 @@ def _acquired(lock_file: Path, crew: Crew) -> FileLock:
             return lock
         except Timeout:
             crew.check()
-            with writing(lock_file, DataError, "Name a folder in which files can be made."):
-                lock_file.touch()
-            if not told:
-                log.info("another process prepares the same text: waiting for it (%s)", lock_file)
-            told = True
+            if told:
+                continue
+            # FileLock takes a folder that is closed for one that is locked. The lock's own name is left alone: where
+            # the file system has no locks, that the file is there is the lock.
+            with (
+                writing(lock_file, DataError, "Name a folder in which files can be made."),
+                tempfile.TemporaryFile(dir=lock_file.parent),
+            ):
+                told = True
+            log.info("another process prepares the same text: waiting for it (%s)", lock_file)
 
 
 def wait_until_seen(path: Path) -> None:

@@ -42,6 +42,27 @@ def test_a_misspelt_option_is_named(command, capsys):
     assert capsys.readouterr() == ("", "")  # each rank would print it
 
 
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("--tokeniser=x", "--tokenizer"), ("--min_chars", "--min_characters"), ("--inputs", "--input")],
+)
+def test_what_may_have_been_meant_is_said(word, meant):
+    assert refusal("prepare", word).endswith(f"Did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    "word", ["--model", "--teacher", "--workers", "--verbose", "--skip", "--rank", "--local_ranks"]
+)
+def test_what_is_like_no_option_is_named_alone(word):
+    """Dashes and what --help does not show make nothing alike."""
+    assert refusal("prepare", word).endswith(word)
+
+
+@pytest.mark.parametrize("option", ["input", "tokenizer", "output"])
+def test_a_name_that_is_empty_is_refused_as_it_would_be_the_folder_one_is_in(option):
+    assert f"argument --{option}: came nothing, needed a name" in refusal("prepare", f"--{option}", "")
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "0", "-1", "1e-9", "viel"])
 @pytest.mark.parametrize(("command", "option"), [("prepare", "--part_megabytes"), ("doctor", "--wait_minutes")])
 def test_a_quantity_that_is_none_is_refused_by_its_options_name(command, option, value):

@@ -229,7 +229,7 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 def test_names_with_commas_between_them_are_told_apart_from_files_that_are_gone(tmp_path):
     names = [str(write(tmp_path / name)) for name in ("a.txt", "b.txt")]
-    with pytest.raises(DataError, match="does not exist: several names are given with spaces between them here"):
+    with pytest.raises(DataError, match="does not exist: these are several names"):
         find_sources([",".join(names)])
 
 

@@ -17,11 +17,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from filelock import SoftFileLock, Timeout
 
 import distilcb
 from distilcb.config import REPOSITORY
 from distilcb.data import packing, request, tables
 from distilcb.data.blocks import Blocks, RandomBlocks, check_fits, is_prepared, read_description
+from distilcb.data.data_report import write_report
 from distilcb.data.prepare import _sample, prepare, prepare_cached
 from distilcb.data.request import How, plan_of
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
@@ -433,16 +435,67 @@ def test_an_output_that_holds_other_blocks_is_refused_and_untouched(tmp_path, ch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
 
 
-@pytest.mark.parametrize("damage", ["gone", "short"])
+@pytest.mark.parametrize("damage", ["gone", "short", "description", "empty description"])
 def test_an_output_that_is_damaged_is_not_taken_for_done(tmp_path, damage):
     text = write_lines(tmp_path / "a.txt", random_numerals(200))
     prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+    content = read_description(tmp_path / "out").content
+    parts = tmp_path / f".out.{content[:16]}.tmp"  # as a start leaves that is killed when it has named the output
+    parts.mkdir()
+    write_lines(parts / "part.arrow", ["kept"])
     if damage == "gone":
         (tmp_path / "out" / ARROW).unlink()
     else:
-        os.truncate(tmp_path / "out" / ARROW, 500)
-    with pytest.raises(DataError, match="out is there and damaged: move it aside or delete it first"):
+        os.truncate(
+            tmp_path / "out" / ("description.json" if "description" in damage else ARROW),
+            0 if damage == "empty description" else 500,
+        )
+    with pytest.raises(DataError, match=r"out.*Move the folder aside or delete it, and prepare the text again"):
         prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+    assert (parts / "part.arrow").exists()
+
+
+def test_what_another_start_makes_of_the_same_text_just_before_the_end_is_taken(tmp_path, monkeypatch):
+    """On a file system whose locks do not lock."""
+    text = write_lines(tmp_path / "a.txt", random_numerals(200, seed=7))
+    prepare([text], tokenizer=Numerals(), output=tmp_path / "first", seq_len=16)
+
+    def overtaken(*values):
+        (tmp_path / "first").rename(tmp_path / "out")
+        write_report(*values)
+
+    monkeypatch.setattr("distilcb.data.assembly.write_report", overtaken)
+    inode = (tmp_path / "first" / ARROW).stat().st_ino
+    made = prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+    assert made == read_description(tmp_path / "out")
+    assert (tmp_path / "out" / ARROW).stat().st_ino == inode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_a_lock_that_is_held_is_waited_for_and_left_as_it_is(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    text = write_lines(tmp_path / "a.txt", random_numerals(200))
+    prepare([text], tokenizer=Numerals(), output=tmp_path / "first", seq_len=16)
+    content = read_description(tmp_path / "first").content
+    held = tmp_path / f".out.{content[:16]}.lock"
+    held.touch()  # as where the file system has no locks: that it is there is the lock
+    waited = []
+
+    class Lock(SoftFileLock):
+        def acquire(self, timeout):
+            try:
+                return super().acquire(timeout=0.1)
+            except Timeout:
+                assert not waited, "the lock has been made again"
+                waited.append(timeout)
+                held.unlink()  # its holder ends just now
+                raise
+
+    monkeypatch.setattr("distilcb.data.working_folder.FileLock", Lock)
+    assert prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16).blocks
+    assert waited
+    assert caplog.text.count("another process prepares the same text") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "first", "out"]
 
 
 def test_an_output_that_another_start_has_taken_meanwhile_is_told_as_that(tmp_path):
@@ -791,14 +844,14 @@ def test_a_folder_is_prepared_when_it_holds_a_description(store, tmp_path):
 def test_a_file_that_ends_in_the_middle_is_refused(store, name, share):
     data = (store / name).read_bytes()
     (store / name).write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(DataError, match=r"(?s)out.*Prepare the text again"):
+    with pytest.raises(DataError, match=r"(?s)out.*prepare the text again"):
         Blocks(store)
 
 
 @pytest.mark.parametrize("name", [ARROW, "token_counts.npy", "description.json"])
 def test_a_missing_file_is_refused(store, name):
     (store / name).unlink()
-    with pytest.raises(DataError, match=r"(?s)out.*Prepare the text again"):
+    with pytest.raises(DataError, match=r"(?s)out.*prepare the text again"):
         Blocks(store)
 
 

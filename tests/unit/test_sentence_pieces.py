@@ -98,7 +98,7 @@ def test_the_two_libraries_do_treat_joined_characters_differently(teacher, encod
 def test_hangul_in_parts_that_the_two_libraries_normalise_differently_is_not_for_the_library(teacher, encoder, text):
     by_hugging_face = teacher.hugging_face.backend_tokenizer.normalizer.normalize_str(text)
     assert encoder._library.normalize(text).removeprefix("▁") != by_hugging_face
-    assert encoder._is_not_for_library(text)
+    assert encoder._not_for_library(["ordinaire", text]) == {1}
 
 
 def test_whatever_unicode_composes_with_the_character_before_joins_it():
@@ -108,6 +108,9 @@ def test_whatever_unicode_composes_with_the_character_before_joins_it():
     alike = {sign for sign in every if unicodedata.normalize("NFKD", sign) in seconds}
     assert len(seconds) > 50
     assert seconds | alike <= sentence_pieces._joining_characters()
+    assert all(sentence_pieces._joins(f"a{sign}") for sign in seconds | alike)
+    assert min(map(ord, sentence_pieces._joining_characters())) >= sentence_pieces._FIRST_JOINING
+    assert not sentence_pieces._joins("l'été, ŒUVRE – 5 € …")
 
 
 def test_random_text_has_the_same_ids(teacher, encoder):
