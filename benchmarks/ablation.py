@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from side_by_side import new_file
 
 from distilcb import distributed
-from distilcb.command_line import number
+from distilcb.command_line import new_file, number
 from distilcb.config import REPOSITORY
 from distilcb.data.corpus import find_sources, read_documents
 from distilcb.data.damage import Damage

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import new_file
 
 from distilcb import distributed
-from distilcb.command_line import parse_command_line
+from distilcb.command_line import new_file, parse_command_line
 from distilcb.config import REPOSITORY
 from distilcb.durability import write_durably
 from distilcb.engine.checkpoint import Checkpoints

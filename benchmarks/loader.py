@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from side_by_side import folder as folder_there
 from side_by_side import parser_of, table, tell
 from text import MINI, write_text
 
 from distilcb import distributed
-from distilcb.command_line import number, parse_command_line
+from distilcb.command_line import folder, number, parse_command_line
 from distilcb.config import MaskingConfig
 from distilcb.data.blocks import Blocks
 from distilcb.data.loader import FETCHED_AHEAD, Batch, Cut, MicroBatches, training_batches
@@ -47,7 +46,7 @@ COLD_SHARE = 0.01
 
 def main(words: list[str]) -> None:
     parser = parser_of(__doc__ or "")
-    parser.add_argument("--folder", type=folder_there, help="for text and blocks (default: the temporary folder)")
+    parser.add_argument("--folder", type=folder, help="for text and blocks (default: the temporary folder)")
     parser.add_argument("--seq_len", type=number(8, 65_536), default=256)
     parser.add_argument("--megabytes", type=number(1), help="of text (default: 64, with --quick 4)")
     options = parser.parse_args(words)

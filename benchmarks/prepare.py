@@ -33,6 +33,7 @@ import psutil
 from text import MINI, write_text
 
 from distilcb import distributed
+from distilcb.command_line import folder as existing
 from distilcb.command_line import number
 from distilcb.config import REPOSITORY
 from distilcb.data.blocks import read_description
@@ -46,11 +47,10 @@ PART_MEGABYTES = 4
 
 def main(words: list[str]) -> None:
     # Processes that prepare begin by importing this file, and launch/prepare.py has nothing as slow as torch.
-    from side_by_side import folder as folder_there
     from side_by_side import medians, parser_of, tell
 
     parser = parser_of(__doc__ or "")
-    parser.add_argument("--folder", type=folder_there, help="for text and blocks (default: the temporary folder)")
+    parser.add_argument("--folder", type=existing, help="for text and blocks (default: the temporary folder)")
     parser.add_argument("--megabytes", type=number(1), help="of text for ours (default: 96, with --quick 6)")
     parser.add_argument(
         "--large", type=number(1), metavar="N", help="also time N MB once, launch/prepare.py on all cores"

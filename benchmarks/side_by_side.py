@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from distilcb.command_line import new_file
 from distilcb.config import REPOSITORY
 from distilcb.durability import write_durably
 from distilcb.eval.speed import in_turn, wait_for_device
@@ -27,20 +28,6 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--report", type=new_file, metavar="FILE", help="also write the tables there, as Markdown")
     parser.add_argument("--quick", action="store_true", help="smaller sizes and fewer rounds: under a minute")
     return parser
-
-
-def folder(name: str) -> Path:
-    """One that is there, for argparse."""
-    if not name or not Path(name).is_dir():
-        raise argparse.ArgumentTypeError(f"{name or 'nothing'} is no folder")
-    return Path(name)
-
-
-def new_file(name: str) -> Path:
-    """One that can be written when all is done, for argparse: in a folder that is there."""
-    if not name or Path(name).is_dir():
-        raise argparse.ArgumentTypeError(f"came {name or 'nothing'}, needed the name of a file")
-    return folder(str(Path(name).parent)) / Path(name).name
 
 
 def medians(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, float]:

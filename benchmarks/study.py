@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from side_by_side import new_file
 
 from distilcb import distributed
+from distilcb.command_line import new_file
 from distilcb.config import REPOSITORY, DataConfig, cache_folder
 from distilcb.data.blocks import Blocks
 from distilcb.data.corpus import read_documents
@@ -66,8 +66,6 @@ def main(words: list[str]) -> None:
     parser.add_argument("--report", type=new_file, help="Markdown file to write; its figures go beside it as .json")
     options = parser.parse_args(words)
     options.runs.mkdir(parents=True, exist_ok=True)
-    if options.report:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
     texts = Texts(options)
     for seed in range(options.seeds):  # seeds outside, so that a study stopped early compares like with like
         for name, settings in STUDENTS.items():

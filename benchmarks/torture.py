@@ -23,8 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from side_by_side import new_file
-
+from distilcb.command_line import new_file
 from distilcb.config import REPOSITORY
 from distilcb.distributed import exit_code
 from distilcb.durability import write_durably

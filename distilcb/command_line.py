@@ -181,6 +181,20 @@ def number(least: float, most: float = math.inf, *, kind: Callable[[str], float]
     return read
 
 
+def folder(name: str) -> Path:
+    """One that is there, for argparse."""
+    if not name or not Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"{name or 'nothing'} is no folder. Make it, or name another.")
+    return Path(name)
+
+
+def new_file(name: str) -> Path:
+    """One that can be written when all is done, for argparse: in a folder that is there."""
+    if not name or Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f"came {name or 'nothing'}, needed the name of a file")
+    return folder(str(Path(name).parent)) / Path(name).name
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.usage = "%(prog)s [--recipe FILE | --students FILE FILE ...] [--section.name VALUE ...]"

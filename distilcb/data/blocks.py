@@ -7,6 +7,7 @@
 Any tool that reads Arrow reads it: datasets.load_dataset("arrow", data_files="<folder>/*.arrow").
 """
 
+import errno
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,13 @@ FORMAT_VERSION = 1
 DESCRIPTION = "description.json"
 TOKEN_COUNTS = "token_counts.npy"
 _AGAIN = "Move the folder aside or delete it, and prepare the text again."
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a file that cannot be read: blocks are not to be deleted for a file system that is ill."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EINVAL):
+        return "Once it can be read again the same command goes on."
+    return _AGAIN
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def read_description(folder: Path) -> Description:
             raise DataError(f"{folder}: blocks of format {version}, this version reads {FORMAT_VERSION}. {_AGAIN}")
         return Description(**facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder / DESCRIPTION} cannot be read ({error}). {_AGAIN}") from error
+        raise DataError(f"{folder / DESCRIPTION} cannot be read ({error}). {_advice(error)}") from error
 
 
 class BlockSource(Protocol):
@@ -97,7 +105,7 @@ class Blocks:
             self.token_counts: NDArray[np.int64] = np.load(folder / TOKEN_COUNTS, allow_pickle=False)
             parts = [datasets.Dataset.from_file(str(folder / name)) for name in self.description.files]
         except (OSError, EOFError, ValueError) as error:
-            raise DataError(f"{folder}: {error}. {_AGAIN}") from error
+            raise DataError(f"{folder}: {error}. {_advice(error)}") from error
         self._dataset = datasets.concatenate_datasets(parts).with_format("numpy")
         if len(self._dataset) != self.description.blocks:
             raise DataError(

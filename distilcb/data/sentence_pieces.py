@@ -116,7 +116,7 @@ class SentencePieceEncoder:
 
     def _not_for_library(self, pieces: list[str]) -> set[int]:
         """The numbers of pieces that Hugging Face reads otherwise, or too long for it to be known."""
-        together = "\n".join(pieces)  # a tenth of the time of looking at each, and most have nothing of the kind
+        together = "\n".join(pieces)  # a third of the time of looking at each; most have nothing of the kind
         checks = [_joins] if _joins(together) else []
         if any(lead in together for lead in self._leads):
             checks.append(self._spells_special)

@@ -1,5 +1,6 @@
 """The folder beside the output in which parts lie until all are there; one start at a time works in it."""
 
+import errno
 import glob
 import logging
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from distilcb.data.blocks import Description, is_prepared, read_description
+from distilcb.data.blocks import Blocks, Description, is_prepared, read_description
 from distilcb.data.crew import Crew
 from distilcb.data.packing import has_finished_parts
 from distilcb.errors import DataError, writing
@@ -40,6 +41,7 @@ def made_before(output: Path, content: str) -> Description | None:
     if is_prepared(output) and (made := read_description(output)).content == content:
         folder, lock_file = _working_names(output, content)
         if folder.exists():  # of a start that was killed when it had named the output
+            Blocks(output)  # if it is damaged, DataError: its parts stay
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):
                 lock_file.unlink()
@@ -128,12 +130,19 @@ def _acquired(lock_file: Path, crew: Crew) -> FileLock:
                 continue
             # FileLock takes a folder that is closed for one that is locked. The lock's own name is left alone: where
             # the file system has no locks, that the file is there is the lock.
-            with (
-                writing(lock_file, DataError, "Name a folder in which files can be made."),
-                tempfile.TemporaryFile(dir=lock_file.parent),
-            ):
-                told = True
+            with writing(lock_file, DataError, "Name a folder in which files can be made."):
+                _try_to_make_a_file(lock_file.parent)
+            told = True
             log.info("another process prepares the same text: waiting for it (%s)", lock_file)
+
+
+def _try_to_make_a_file(folder: Path) -> None:
+    """OSError where none can be made; whether a disk is full is for the process that writes there to find out."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def wait_until_seen(path: Path) -> None:

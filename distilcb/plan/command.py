@@ -4,10 +4,9 @@ import argparse
 import json
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from distilcb.command_line import CommandLine, Parser, number, parse_command_line
+from distilcb.command_line import CommandLine, Parser, new_file, number, parse_command_line
 from distilcb.config import MOST_TOKENS, Config, accumulation_steps, even_sizes
 from distilcb.durability import write_durably
 from distilcb.engine import deepspeed_config
@@ -39,8 +38,6 @@ def plan_from(words: list[str], *, description: str | None) -> None:
     """
     parser = _parser(description)
     options, settings = parser.parse_known_args(words)
-    if options.json and not options.json.parent.is_dir():
-        raise ConfigError(f"--json {options.json}: {options.json.parent} is no folder. Make it, or name another.")
     command = parse_command_line([*settings, "--dry_run"])  # which asks for no text
     plan = make_plan(command, options)
     print(_as_text(plan))
@@ -198,7 +195,7 @@ def _parser(description: str | None) -> Parser:
         metavar="SECONDS",
         help="take real steps here for so long (default: 30), and go by their rate",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the plan there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the plan there")
     return parser
 
 

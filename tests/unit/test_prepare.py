@@ -27,6 +27,7 @@ from distilcb.data.data_report import write_report
 from distilcb.data.prepare import _sample, prepare, prepare_cached
 from distilcb.data.request import How, plan_of
 from distilcb.data.tokenizer import TextTokenizer, Vocabulary
+from distilcb.data.working_folder import _try_to_make_a_file
 from distilcb.errors import ConfigError, DataError
 
 BOS, EOS, MASK, UNK = 0, 1, 2, 3
@@ -455,21 +456,66 @@ def test_an_output_that_is_damaged_is_not_taken_for_done(tmp_path, damage):
     assert (parts / "part.arrow").exists()
 
 
-def test_what_another_start_makes_of_the_same_text_just_before_the_end_is_taken(tmp_path, monkeypatch):
-    """On a file system whose locks do not lock."""
+@pytest.mark.parametrize("late", [False, True])
+def test_what_another_start_makes_of_the_same_text_meanwhile_is_taken(tmp_path, monkeypatch, late):
+    """On a file system whose locks do not lock; late: when all but the name is done."""
     text = write_lines(tmp_path / "a.txt", random_numerals(200, seed=7))
     prepare([text], tokenizer=Numerals(), output=tmp_path / "first", seq_len=16)
+    inode = (tmp_path / "first" / ARROW).stat().st_ino
+
+    class Overtaken(Numerals):
+        def encode(self, documents):
+            if not self.calls and not late:
+                (tmp_path / "first").rename(tmp_path / "out")
+            return super().encode(documents)
 
     def overtaken(*values):
         (tmp_path / "first").rename(tmp_path / "out")
         write_report(*values)
 
-    monkeypatch.setattr("distilcb.data.assembly.write_report", overtaken)
-    inode = (tmp_path / "first" / ARROW).stat().st_ino
-    made = prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+    if late:
+        monkeypatch.setattr("distilcb.data.assembly.write_report", overtaken)
+    made = prepare([text], tokenizer=Overtaken(), output=tmp_path / "out", seq_len=16)
     assert made == read_description(tmp_path / "out")
     assert (tmp_path / "out" / ARROW).stat().st_ino == inode
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "out"]
+
+
+def test_a_full_disk_is_no_reason_to_stop_waiting(tmp_path, monkeypatch):
+    for code, message in ((errno.ENOSPC, "No space"), (errno.EDQUOT, "Quota")):
+        monkeypatch.setattr("tempfile.TemporaryFile", raising(OSError(code, message)))
+        _try_to_make_a_file(tmp_path)
+    monkeypatch.setattr("tempfile.TemporaryFile", raising(OSError(errno.EACCES, "closed")))
+    with pytest.raises(OSError, match="closed"):
+        _try_to_make_a_file(tmp_path)
+
+
+def raising(error):
+    def refuse(**_):
+        raise error
+
+    return refuse
+
+
+def test_blocks_on_a_file_system_that_is_ill_are_not_to_be_deleted(tmp_path, monkeypatch):
+    text = write_lines(tmp_path / "a.txt", random_numerals(200))
+    prepare([text], tokenizer=Numerals(), output=tmp_path / "out", seq_len=16)
+    monkeypatch.setattr("datasets.Dataset.from_file", lambda _: raising(OSError(errno.EIO, "I/O error"))())
+    with pytest.raises(DataError, match="Once it can be read again the same command goes on") as told:
+        Blocks(tmp_path / "out")
+    assert "delete" not in str(told.value)
+
+
+def test_parts_stay_where_what_the_cache_made_of_them_is_damaged(tmp_path):
+    names = [write_lines(tmp_path / "a.txt", random_numerals(200))]
+    how = {"tokenizer": Numerals(), "cache": tmp_path, "seq_len": 16, "text_field": "text"}
+    output = prepare_cached(names, **how)
+    parts = output.parent / f".{output.name}.{read_description(output).content[:16]}.tmp"
+    parts.mkdir()
+    (output / ARROW).unlink()
+    with pytest.raises(DataError, match="Move the folder aside or delete it"):
+        prepare_cached(names, **how)
+    assert parts.exists()
 
 
 def test_a_lock_that_is_held_is_waited_for_and_left_as_it_is(tmp_path, monkeypatch, caplog):
