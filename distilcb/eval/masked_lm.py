@@ -39,8 +39,9 @@ def evaluate(
     """Held-out figures of the student and, where there is one, of the teacher.
 
     Every figure is a mean over masked words under `maskings` fixed maskings of the same text; its standard error is
-    that of the mean over maskings (it says nothing about other texts). Of causal models it is a mean over the words
-    that follow another one, and the text in so many parts gives the standard error. kl is KL(teacher || student) at
+    that of the mean over maskings (it says nothing about other texts), of a ratio where they ask for unlike numbers of
+    words, as a band's do. Of causal models it is a mean over the words that follow another one, and the text in so
+    many parts gives the standard error. kl is KL(teacher || student) at
     temperature 1 in nats; agreement is the share of those words where both choose the same. Both models may be of
     different families; they are left in the mode they came in.
 
@@ -150,24 +151,27 @@ def _figures(sums: Tensor, *, with_teacher: bool, term: str) -> dict[str, Figure
     sums = sums[sums[:, 0] > 0]  # a short text has less than a block for each part
     words = sums[:, 0]
     means = {name: sums[:, column] / words for column, name in enumerate(_COLUMNS) if column}
-    # Maskings ask for equally many words each; parts of a text do not.
-    shares = words / words.sum() if term == "clm" else torch.full_like(words, 1 / len(words))
+    shares = words / words.sum()
     student = _prediction(means["student_nll"], means["student_right"], shares, term)
     if not with_teacher:
         return {"student": student}
     for name in ("kl", "agreement"):
         student[name] = _mean(means[name], shares)
-        student["standard_error"][name] = _standard_error(means[name])
+        student["standard_error"][name] = _standard_error(means[name], shares)
     return {"student": student, "teacher": _prediction(means["teacher_nll"], means["teacher_right"], shares, term)}
 
 
 def _mean(values: Tensor, shares: Tensor) -> float:
-    alike = bool((shares == shares[0]).all())  # torch's own mean, whose last bit logged figures have
-    return (values.mean() if alike else (values * shares).sum()).item()
+    return (values.mean() if _alike(shares) else (values * shares).sum()).item()
+
+
+def _alike(shares: Tensor) -> bool:
+    """Then torch's own mean and deviation are taken, whose last bits logged figures have."""
+    return bool((shares == shares[0]).all())
 
 
 def _prediction(nll: Tensor, right: Tensor, shares: Tensor, term: str) -> Figures:
-    loss, error = _mean(nll, shares), _standard_error(nll)
+    loss, error = _mean(nll, shares), _standard_error(nll, shares)
     perplexity = math.exp(min(loss, 700.0))
     return {
         f"{term}_loss": loss,
@@ -176,10 +180,17 @@ def _prediction(nll: Tensor, right: Tensor, shares: Tensor, term: str) -> Figure
         "standard_error": {
             f"{term}_loss": error,
             "perplexity": perplexity * error,
-            f"{term}_accuracy": _standard_error(right),
+            f"{term}_accuracy": _standard_error(right, shares),
         },
     }
 
 
-def _standard_error(values: Tensor) -> float:
-    return (values.std(correction=1) / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+def _standard_error(values: Tensor, shares: Tensor) -> float:
+    """That of a ratio of sums over parts (Cochran, Sampling Techniques, 6.4), which for like parts is a mean's."""
+    count = len(values)
+    if count < 2:
+        return math.nan
+    if _alike(shares):
+        return (values.std(correction=1) / math.sqrt(count)).item()
+    apart = shares * (values - (shares * values).sum())
+    return (apart.square().sum() * count / (count - 1)).sqrt().item()

@@ -298,9 +298,8 @@ def test_a_bands_figures_are_those_of_its_words(student, teacher):
     family = family_of(student.config, where="student")
     band_of = (torch.arange(VOCAB) >= 50).long()
     found = evaluate(student, teacher, family, heldout(), maskings=2, device=CPU, band_of=band_of)
-    losses, kls = {0: [], 1: []}, {0: [], 1: []}
+    rows = {band: {0: [], 1: []} for band in (0, 1)}
     for number in range(2):
-        rows = {0: [], 1: []}
         for batch in heldout().looking(number, of=2):
             ours, theirs = (
                 torch.log_softmax(model(batch.input_ids).logits.flatten(0, 1)[batch.labelled_rows], -1)
@@ -308,14 +307,20 @@ def test_a_bands_figures_are_those_of_its_words(student, teacher):
             )
             for label, one, other in zip(batch.labels, ours, theirs, strict=True):
                 kl = (other.exp() * (other - one)).sum().item()
-                rows[int(label >= 50)].append((-one[label].item(), kl))
-        for band in (0, 1):
-            losses[band].append(statistics.fmean(loss for loss, _ in rows[band]))
-            kls[band].append(statistics.fmean(kl for _, kl in rows[band]))
+                rows[int(label >= 50)][number].append((-one[label].item(), kl))
+    assert len(rows[0][0]) != len(rows[0][1])  # then a mean of maskings is not that of words
     for band in (0, 1):
         own = found["student"]["by_band"][band]
-        assert own["mlm_loss"] == pytest.approx(statistics.fmean(losses[band]), rel=1e-5)
-        assert own["kl"] == pytest.approx(statistics.fmean(kls[band]), rel=1e-5)
+        words = [*rows[band][0], *rows[band][1]]
+        for column, name in enumerate(("mlm_loss", "kl")):
+            assert own[name] == pytest.approx(statistics.fmean(each[column] for each in words), rel=1e-5)
+            # Two ratios a: sum over maskings of (share (mean of it - mean))², times 2 / (2 - 1).
+            apart = [
+                len(part) / len(words) * (statistics.fmean(each[column] for each in part) - own[name])
+                for part in rows[band].values()
+            ]
+            error = (2 * sum(each**2 for each in apart)) ** 0.5
+            assert own["standard_error"][name] == pytest.approx(error, rel=1e-3)
 
 
 def test_words_are_banded_by_how_often_they_are_there():

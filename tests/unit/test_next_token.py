@@ -146,7 +146,9 @@ def test_held_out_figures_are_means_over_every_next_word_whatever_the_parts(part
     by_part = [plain_loss(blocks.tokens[part::parts]) for part in range(parts)]
     assert figures["student"]["clm_loss"] == pytest.approx(plain_loss(blocks.tokens), rel=1e-6)
     assert figures["student"]["perplexity"] == pytest.approx(math.exp(plain_loss(blocks.tokens)), rel=1e-5)
-    error = np.std(by_part, ddof=1) / math.sqrt(parts)
+    words = np.array([len(batch_of(blocks.tokens[part::parts]).labels) for part in range(parts)])
+    apart = words / words.sum() * (np.array(by_part) - plain_loss(blocks.tokens))  # parts of unlike length: a ratio's
+    error = math.sqrt(np.sum(apart**2) * parts / (parts - 1))
     assert figures["student"]["standard_error"]["clm_loss"] == pytest.approx(error, rel=1e-4)
 
 
