@@ -4,6 +4,7 @@
 """
 
 import logging
+import math
 import tempfile
 import warnings
 from pathlib import Path
@@ -20,6 +21,9 @@ log = logging.getLogger(__name__)
 
 ONNX, INT8 = "onnx/model.onnx", "onnx/model_int8.onnx"
 _LARGEST_ERROR = 1e-3
+_MUCH_FOR_INT8 = 1.0
+"""standard deviations of the logits: from here on it is told that int8 is another model"""
+_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 _OPSET = 18
 _EXTRA = "pip install 'distilcb[onnx]'"
 
@@ -45,18 +49,27 @@ class OnnxModel:
         except Exception as error:  # its exceptions have no common class but this one
             raise ModelError(f"{path} cannot be run ({first_line(error)}). Export it again.") from error
 
-    def run(self, ids: Tensor, seen: Tensor | None = None) -> list[Tensor]:
+    def run(self, ids: Tensor, seen: Tensor | None = None, segments: Tensor | None = None) -> list[Tensor]:
         """The logits, of questions the first and last places', of (texts, tokens) ids.
 
-        seen: 0 where there is padding, as transformers' attention_mask.
+        Args:
+            seen: 0 where there is padding, as transformers' attention_mask.
+            segments: transformers' token_type_ids, for models that know several; None: the first one.
         """
-        mask = torch.ones_like(ids) if seen is None else seen
-        feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        values = (
+            ids,
+            torch.ones_like(ids) if seen is None else seen,
+            torch.zeros_like(ids) if segments is None else segments,
+        )
+        known = {each.name for each in self._session.get_inputs()}
+        feed = {name: value.numpy() for name, value in zip(_INPUTS, values, strict=True) if name in known}
         return [torch.from_numpy(each) for each in self._session.run(None, feed)]
 
 
 def export_onnx(folder: Path, *, int8: bool) -> dict[str, Any]:
     """Write <folder>/onnx/model.onnx, and model_int8.onnx if wanted; {"onnx": facts, "int8": facts}.
+
+    Inputs are ids and mask, and segments where the model knows several.
 
     Facts: "bytes"; "largest_error" of a logit beside PyTorch's, and "error", the same in their standard deviations;
     "agreement", the share of places where both choose the same, where there is a choice. An int8 of an earlier export
@@ -67,7 +80,8 @@ def export_onnx(folder: Path, *, int8: bool) -> dict[str, Any]:
 
     Raises:
         ConfigError: onnx or onnxruntime is not installed, or a disk is full.
-        ModelError: a model that cannot be exported, or whose ONNX gives other logits than PyTorch.
+        ModelError: a model that cannot be exported, or whose ONNX gives other logits than PyTorch, or logits of int8
+            that are no numbers.
     """
     _check_installed()
     model = load_any_model(str(folder)).eval()
@@ -90,11 +104,25 @@ def export_onnx(folder: Path, *, int8: bool) -> dict[str, Any]:
                 small = Path(work) / "model_int8.onnx"
                 _quantise(plain, small)
                 found["int8"] = _compare(model, small, cases)
+                _check_int8(folder, found["int8"])
                 small.replace(folder / INT8)
             else:
                 (folder / INT8).unlink(missing_ok=True)
             plain.replace(folder / ONNX)
     return found
+
+
+def _check_int8(folder: Path, facts: dict[str, Any]) -> None:
+    """How much int8 may cost nobody can say but its user; that it costs much is told."""
+    if not math.isfinite(facts["error"]):
+        raise ModelError(f"{folder}: logits of its int8 are no numbers. Nothing was written; leave --int8 out.")
+    if facts["error"] > _MUCH_FOR_INT8:
+        log.warning(
+            "%s differs from PyTorch's logits by up to %.2f of their standard deviation: measure it on your task "
+            "before you use it",
+            folder / INT8,
+            facts["error"],
+        )
 
 
 def _check_installed() -> None:
@@ -110,34 +138,40 @@ def _outputs(model: Any) -> list[str]:
     return ["start_logits", "end_logits"] if "QuestionAnswering" in type(model).__name__ else ["logits"]
 
 
+def _inputs(model: Any) -> tuple[str, ...]:
+    """Ids and mask; segments where it was taught several, as in fine-tuning on pairs of texts."""
+    return _INPUTS if getattr(model.config, "type_vocab_size", 0) > 1 else _INPUTS[:2]
+
+
 class _Logits(torch.nn.Module):
-    """The model with two inputs, and its logits alone."""
+    """The model with two inputs, or three, and its logits alone."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        found = self.model(input_ids=input_ids, attention_mask=attention_mask)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found = self.model(**dict(zip(_inputs(self.model), inputs, strict=True)))
         return tuple(found[name] for name in _outputs(self.model))
 
 
 def _write_plain(model: Any, path: Path) -> None:
     """With any number of texts and tokens, in one file."""
     texts, tokens = torch.export.Dim("texts", min=1), torch.export.Dim("tokens", min=2)
-    ids = torch.full((2, 8), 9)
+    ids, names = torch.full((2, 8), 9), list(_inputs(model))
+    values = (ids, torch.ones_like(ids), torch.zeros_like(ids))[: len(names)]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that two inputs have their sizes in common
+            warnings.simplefilter("ignore")  # that inputs have their sizes in common
             program: Any = torch.onnx.export(
                 _Logits(model).eval(),
-                (ids, torch.ones_like(ids)),
+                values,
                 dynamo=True,
                 verbose=False,
                 opset_version=_OPSET,
-                input_names=["input_ids", "attention_mask"],
+                input_names=names,
                 output_names=_outputs(model),
-                dynamic_shapes=({0: texts, 1: tokens}, {0: texts, 1: tokens}),
+                dynamic_shapes=(tuple({0: texts, 1: tokens} for _ in names),),
             )
         program.save(path, external_data=False)
     except (RuntimeError, ValueError, TypeError) as error:  # torch.onnx.OnnxExporterError is a RuntimeError
@@ -154,8 +188,11 @@ def _quantise(plain: Path, small: Path) -> None:
     quantize_dynamic(str(prepared), str(small), weight_type=QuantType.QInt8, per_channel=True, reduce_range=False)
 
 
-def _cases(model: Any) -> list[tuple[Tensor, Tensor]]:
-    """Ids and masks: one text, several of another length with padding, and the longest."""
+def _cases(model: Any) -> list[tuple[Tensor, ...]]:
+    """Inputs: one text, several of another length with padding, and the longest; of segments the later half's second.
+
+    A model of several segments has the first case once more, in the first segment alone, as text without pairs has.
+    """
     family = family_of(model.config, where="model")
     longest = family.max_seq_len(model.config)
     generator = torch.Generator().manual_seed(0)
@@ -167,26 +204,32 @@ def _cases(model: Any) -> list[tuple[Tensor, Tensor]]:
             seen[0, 7:] = 0
             if model.config.pad_token_id is not None:
                 ids[0, 7:] = model.config.pad_token_id
-        found.append((ids, seen))
+        segments = torch.zeros_like(ids)
+        segments[:, ids.shape[1] // 2 :] = 1
+        found.append((ids, seen, segments)[: len(_inputs(model))])
+    if len(_inputs(model)) > 2:
+        found.append((*found[0][:2], torch.zeros_like(found[0][0])))
     return found
 
 
 @torch.no_grad()
-def _compare(model: Any, path: Path, cases: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+def _compare(model: Any, path: Path, cases: list[tuple[Tensor, ...]]) -> dict[str, Any]:
     onnx, plain = OnnxModel(path), _Logits(model)
     by_token = not any(kind in type(model).__name__ for kind in ("SequenceClassification", "QuestionAnswering"))
     errors, logits, same = [], [], []
-    for ids, seen in cases:
-        for exact, found in zip(plain(ids, seen), onnx.run(ids, seen), strict=True):
+    for inputs in cases:
+        ids, seen = inputs[:2]
+        for exact, found in zip(plain(*inputs), onnx.run(*inputs), strict=True):
             if by_token:  # what stands at padding is nobody's
                 exact, found = exact[seen.bool()], found[seen.bool()]
             elif exact.shape == ids.shape:  # places of an answer
                 exact, found = (each.masked_fill(~seen.bool(), -1e4) for each in (exact, found))
-            errors.append(float((found - exact).abs().max()))
+            errors.append((found - exact).abs().max())
             logits.append(exact[exact > -1e4])
             same.append((found.argmax(-1) == exact.argmax(-1)).float().flatten())
-    facts = {"bytes": path.stat().st_size, "largest_error": max(errors)}
-    facts["error"] = max(errors) / float(torch.cat(logits).std())
+    largest = float(torch.stack(errors).max())  # NaN where one is, which Python's max may pass over
+    facts = {"bytes": path.stat().st_size, "largest_error": largest}
+    facts["error"] = largest / float(torch.cat(logits).std())
     if exact.shape[-1] > 1:
         facts["agreement"] = float(torch.cat(same).mean())
     return facts

@@ -115,6 +115,42 @@ def test_onnx_that_computes_something_else_is_not_kept(folder, monkeypatch):
     assert not list(where.rglob("*.onnx"))
 
 
+def test_a_logit_that_is_no_number_is_not_kept_whichever_text_has_it(folder, monkeypatch):
+    where, run = folder(), OnnxModel.run
+
+    def lost_where_there_is_padding(self, ids, seen):
+        return [each * (float("nan") if len(ids) > 1 else 1) for each in run(self, ids, seen)]
+
+    monkeypatch.setattr(OnnxModel, "run", lost_where_there_is_padding)
+    with pytest.raises(ModelError, match="differ by nan from"):
+        export_onnx(where, int8=False)
+    assert not list(where.rglob("*.onnx"))
+
+
+def test_int8_that_is_another_model_is_told_and_one_without_numbers_refused(tmp_path, caplog):
+    onnx._check_int8(tmp_path, {"error": 0.9})
+    assert not caplog.messages
+    onnx._check_int8(tmp_path, {"error": 1.234})
+    assert "by up to 1.23 of their standard deviation: measure it on your task" in caplog.messages[0]
+    with pytest.raises(ModelError, match="logits of its int8 are no numbers"):
+        onnx._check_int8(tmp_path, {"error": float("nan")})
+
+
+@torch.no_grad()
+def test_a_model_of_several_segments_is_told_them_in_onnx_too(folder):
+    where = folder("bert", type_vocab_size=2)
+    AutoModelForSequenceClassification.from_pretrained(where).save_pretrained(where)
+    export_onnx(where, int8=False)
+    model, (ids, seen) = load_any_model(str(where)).eval(), batch(3, 11, seed=2)
+    segments = torch.zeros_like(ids)
+    segments[:, 5:] = 1
+    pairs = OnnxModel(where / ONNX).run(ids, seen, segments)[0]
+    torch.testing.assert_close(pairs, model(ids, seen, segments).logits, rtol=1e-3, atol=1e-4)
+    first = OnnxModel(where / ONNX).run(ids, seen)[0]
+    torch.testing.assert_close(first, model(ids, seen).logits, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(pairs, first, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime", "onnxscript"])
 def test_a_missing_package_is_named_with_the_extra_that_has_it(folder, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
