@@ -1,7 +1,8 @@
 """How large models are and how fast they answer, side by side: parameters, bytes, seconds a text, texts a second.
 
-A model is run as its folder has it, head and all, on this machine in fp32; and where `launch/export.py --onnx` has been
-there, as ONNX and in int8 too, by onnxruntime on the same threads.
+A model is run as its folder has it, head and all, on this machine's CPU in fp32; and where `launch/export.py --onnx`
+has been there, as ONNX and in int8 too, by onnxruntime on the same threads. A GPU is left alone: times on it beside
+these would be ratios of machines.
 """
 
 import json
@@ -10,12 +11,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distilcb.distributed import device
 from distilcb.durability import write_durably
 from distilcb.errors import DataError, ModelError, writing
 from distilcb.eval.report import as_markdown as table
@@ -32,6 +33,45 @@ _BATCHES = {1: 9, 32: 3}
 _FIRST_WORD = 10
 
 Contender = Callable[[torch.Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What was measured of some models.
+
+    Attributes:
+        sizes: {model: what `sizes` gives}.
+        seconds: {model, or "model, onnx" or "model, int8": {"batch x length": median seconds a call}}.
+        beside: the model whose time is divided by each other's.
+        lengths: tokens that were asked for, of which some may be more than a model has positions for.
+    """
+
+    sizes: Mapping[str, Mapping[str, Any]]
+    seconds: Mapping[str, Mapping[str, float]]
+    beside: str
+    lengths: Sequence[int]
+
+    def of(self, shown: Mapping[str, str]) -> "Timed":
+        """Some of the models under other names: {their name: another}, the one beside which they are among them."""
+        seconds = {
+            f"{other}{kind}": self.seconds[f"{name}{kind}"]
+            for name, other in shown.items()
+            for kind in ("", ", onnx", ", int8")
+            if f"{name}{kind}" in self.seconds
+        }
+        sizes = {other: self.sizes[name] for name, other in shown.items()}
+        return Timed(sizes, seconds, shown[self.beside], self.lengths)
+
+    def as_markdown(self) -> str:
+        """A table, and what it shows."""
+        rows = speed_rows(self.sizes, self.seconds, beside=self.beside)
+        done = {int(case.partition(" x ")[2]) for case in self.seconds[self.beside]}
+        left_out = [str(length) for length in self.lengths if length not in done]
+        page = (
+            f"{table(rows)}\n\nfp32 but for int8, on a CPU with {torch.get_num_threads()} thread(s), each model with "
+            f"the head of its folder; medians of calls in turn. Ratio: {self.beside}'s time over this one's."
+        )
+        return page + (f" Not timed: {', '.join(left_out)} tokens, for which one has no positions." if left_out else "")
 
 
 def in_turn(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
@@ -67,6 +107,12 @@ def sizes(name: str) -> dict[str, Any]:
     }
 
 
+def time_models(models: Mapping[str, str], *, lengths: Sequence[int] = LENGTHS) -> Timed:
+    """Sizes and speeds of models, {name: folder or hub name}, beside the first one."""
+    sizes_of = {name: sizes(model) for name, model in models.items()}
+    return Timed(sizes_of, speeds(models, lengths=lengths), next(iter(models)), lengths)
+
+
 def speeds(
     models: Mapping[str, str], *, lengths: Sequence[int] = LENGTHS, batches: Mapping[int, int] | None = None
 ) -> dict[str, dict[str, float]]:
@@ -77,15 +123,21 @@ def speeds(
     Args:
         models: what each is called -> folder or hub name.
         batches: texts at once -> rounds.
+
+    Raises:
+        ModelError: one has no positions for any of the lengths.
     """
-    contenders = {each: call for name, model in models.items() for each, call in _contenders(name, model).items()}
     configs = {name: load_config(model) for name, model in models.items()}
-    most = min(family_of(config, where=name).max_seq_len(config) for name, config in configs.items())
+    positions = {name: family_of(config, where=name).max_seq_len(config) for name, config in configs.items()}
+    fewest, most = min(positions, key=positions.__getitem__), min(positions.values())
+    if min(lengths) > most:
+        raise ModelError(f"--lengths {min(lengths)}: {fewest} has positions for {most} tokens. Name a smaller one.")
+    contenders = {each: call for name, model in models.items() for each, call in _contenders(name, model).items()}
     words = min(config.vocab_size for config in configs.values())
     found: dict[str, dict[str, float]] = {name: {} for name in contenders}
     for length in lengths:
         if length > most:
-            log.info("no model is timed at %d tokens: one has positions for %d", length, most)
+            log.info("no model is timed at %d tokens: %s has positions for %d", length, fewest, most)
             continue
         for batch, rounds in (batches or _BATCHES).items():
             ids = torch.randint(_FIRST_WORD, words, (batch, length), generator=torch.Generator().manual_seed(0))
@@ -97,11 +149,11 @@ def speeds(
 
 
 def _contenders(name: str, model: str) -> dict[str, Contender]:
-    plain = load_any_model(model).to(device()).eval()
+    plain = load_any_model(model).eval()
 
     @torch.inference_mode()
     def answer(ids: torch.Tensor) -> Any:
-        return plain(ids.to(device()))
+        return plain(ids)
 
     found: dict[str, Contender] = {name: answer}
     for label, file in (("onnx", ONNX), ("int8", INT8)):
@@ -147,19 +199,17 @@ def _cell(times: Mapping[str, float], others: Mapping[str, float], case: str) ->
     return f"{value}, {others[case] / times[case]:.2f}"
 
 
-def write_speeds(output: Path, sizes_of: Mapping[str, Any], seconds: Mapping[str, Any], rows: list[list[str]]) -> str:
+def write_speeds(output: Path, timed: Timed) -> str:
     """speed.json and speed.md, whose text is given back.
 
     Raises:
         DataError: a folder that cannot be written to.
     """
-    where: dict[str, Any] = {"host": platform.node(), "torch": torch.__version__, "device": str(device())}
+    where: dict[str, Any] = {"host": platform.node(), "torch": torch.__version__, "device": "cpu"}
     where |= {"threads": torch.get_num_threads()}
-    made = {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "where": where, "sizes": sizes_of, "seconds": seconds}
-    page = (
-        f"{table(rows)}\n\nfp32 but for int8, on {device()} with {torch.get_num_threads()} thread(s), each model with "
-        "the head of its folder; medians of calls in turn. Ratio: the first model's time over this one's."
-    )
+    made: dict[str, Any] = {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "where": where}
+    made |= {"sizes": timed.sizes, "seconds": timed.seconds}
+    page = timed.as_markdown()
     with writing(output, DataError, "Name a folder that can be written to."):
         output.mkdir(parents=True, exist_ok=True)
         write_durably(output / "speed.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")

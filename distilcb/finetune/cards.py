@@ -9,9 +9,10 @@ from huggingface_hub import EvalResult
 from distilcb.durability import write_durably
 from distilcb.errors import ConfigError, ModelError, first_line, writing
 from distilcb.eval.report import as_markdown
+from distilcb.eval.speed import Timed
 from distilcb.export.model_card import with_results, with_sections
 from distilcb.finetune.evaluation import TEACHER
-from distilcb.finetune.evaluation_report import mean_of, read_by_all, rows_learnt, share_of
+from distilcb.finetune.evaluation_report import diverged_of, mean_of, rows_learnt, share_of
 from distilcb.models.loading import load_config
 from distilcb.tasks.declarations import Task
 
@@ -47,16 +48,16 @@ def card_of(model: str) -> Path:
 
 
 def fill_card(
-    model: str, name: str, *, made: Mapping[str, Any] | None, tasks: Mapping[str, Task], speed: str | None
+    model: str, name: str, *, made: Mapping[str, Any] | None, tasks: Mapping[str, Task], speed: Timed | None
 ) -> Path:
     """Put an evaluation into a model's card, in place of an earlier one; returns the card.
 
     Args:
         model: its folder.
-        name: what it is called in `made`.
+        name: what it is called in `made` and `speed`.
         made: what is in tasks/results.json.
         tasks: by name, those of `made`.
-        speed: what is in speed.md.
+        speed: what was measured of it and of other models.
 
     Raises:
         ConfigError, ModelError: no card, or one that cannot be read or written.
@@ -66,7 +67,7 @@ def fill_card(
     if made:
         sections["Fine-tuned on tasks"] = _tasks_section(model, name, made)
     if speed:
-        sections["Size and speed"] = speed
+        sections["Size and speed"] = _speed_section(name, speed)
     try:
         text = with_sections(card.read_text(encoding="utf-8"), sections)
         if made:
@@ -76,6 +77,12 @@ def fill_card(
     with writing(card.parent, ConfigError, "Free some space and run the same command again."):
         write_durably(card, text)
     return card
+
+
+def _speed_section(name: str, speed: Timed) -> str:
+    """This model beside the first one; where they lie here says nothing where a card is read."""
+    other = "its teacher" if speed.beside == TEACHER else Path(speed.beside).name
+    return speed.of({speed.beside: other, name: "this model"}).as_markdown()
 
 
 def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
@@ -97,9 +104,15 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     seeds = sorted({len(found["models"][name]["seeds"]) for found in made["tasks"].values()})
     number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     over = "Of one seed" if seeds == [1] else f"Mean ± standard deviation over {number} seeds"
+    rows_read = " ".join(_rows_of(task, found["read"][name]) for task, found in made["tasks"].items())
+    lost = [
+        f" Of {task} {diverged_of(found['models'][name])}"
+        for task, found in made["tasks"].items()
+        if found["models"][name]["diverged"]
+    ]
     note = (
         f"{over}, in hundredths; passes over the rows: {recipe['epochs']:g}, batches of {recipe['batch']}, "
-        f"learning rate {recipe['lr']:g}. " + " ".join(_rows_of(task, found) for task, found in made["tasks"].items())
+        f"learning rate {recipe['lr']:g}. {rows_read}{''.join(lost)}"
     )
     if published:
         note += (
@@ -118,9 +131,8 @@ def _beside_published(own: Mapping[str, Any], published: int | None) -> list[str
     return [str(published), f"{mean_of(own, like[0])} ({like[0].replace('_', ' ')})"]
 
 
-def _rows_of(task: str, found: Mapping[str, Any]) -> str:
-    read = read_by_all(found)
-    return f"{task}: trained on {rows_learnt(found)}, measured on {read['heldout']['rows']:,} of {read['split']}."
+def _rows_of(task: str, read: Mapping[str, Any]) -> str:
+    return f"{task}: trained on {rows_learnt(read)}, measured on {read['heldout']['rows']:,} of {read['split']}."
 
 
 def _is_like_distilcamembert(model: str) -> bool:
@@ -135,11 +147,11 @@ def _results(name: str, made: Mapping[str, Any], tasks: Mapping[str, Task]) -> l
             task_type=_HUB_TASKS[tasks[task].kind],
             dataset_type=task,
             dataset_name=task,
-            dataset_split=read_by_all(found)["split"],
+            dataset_split=found["read"][name]["split"],
             metric_type=_HUB_METRICS.get(found["metric"], "f1"),
             metric_name=f"{found['metric'].replace('_', ' ')}, mean over seeds",
             metric_value=round(found["models"][name]["mean"][found["metric"]], 2),
         )
         for task, found in made["tasks"].items()
-        if found["metric"] in found["models"][name]["mean"] and not read_by_all(found).get("first_rows_only")
+        if found["metric"] in found["models"][name]["mean"] and not found["read"][name].get("first_rows_only")
     ]

@@ -14,6 +14,7 @@ from distilcb.machine import keep_freed_memory, size_cpu_threads, uses_cuda
 from distilcb.tasks.declarations import TASKS, Task, task_named
 
 if TYPE_CHECKING:
+    from distilcb.eval.speed import Timed
     from distilcb.finetune.evaluation import AskedTask, Evaluation
 
 TASKS_FOLDER = "tasks"
@@ -142,6 +143,10 @@ def run(options: argparse.Namespace) -> None:
         _write_page(options.output / TASKS_FOLDER, made)
     if options.card:
         _fill_cards(options, made, speed)
+    if made:
+        from distilcb.finetune.evaluation import check_none_is_lost
+
+        check_none_is_lost(made, options.output / TASKS_FOLDER)
 
 
 def _check_names(options: argparse.Namespace) -> None:
@@ -175,7 +180,7 @@ def _check_cards(options: argparse.Namespace) -> None:
         card_of(model)
 
 
-def _fill_cards(options: argparse.Namespace, made: "dict[str, Any] | None", speed: str | None) -> None:
+def _fill_cards(options: argparse.Namespace, made: "dict[str, Any] | None", speed: "Timed | None") -> None:
     from distilcb.finetune.cards import fill_card
 
     tasks = {asked.task.name: asked.task for asked in _asked_tasks(options)} if options.tasks else {}
@@ -230,19 +235,14 @@ def _write_page(output: Path, made: dict[str, Any]) -> None:
             write_durably(output / "results.html", page)
 
 
-def _time(options: argparse.Namespace) -> str:
-    if not uses_cuda():
-        size_cpu_threads(discover())
+def _time(options: argparse.Namespace) -> "Timed":
+    size_cpu_threads(discover())
     from distilcb.eval.speed import LENGTHS as TIMED
-    from distilcb.eval.speed import sizes, speed_rows, speeds, write_speeds
+    from distilcb.eval.speed import time_models, write_speeds
 
-    models = _names(options)
-    of = {name: sizes(model) for name, model in models.items()}
-    seconds = speeds(models, lengths=options.lengths or TIMED)
-    rows = speed_rows(of, seconds, beside=next(iter(models)))
-    page = write_speeds(options.output, of, seconds, rows)
-    print(f"{page}\n\nresults: {options.output}")
-    return page
+    timed = time_models(_names(options), lengths=options.lengths or TIMED)
+    print(f"{write_speeds(options.output, timed)}\n\nresults: {options.output}")
+    return timed
 
 
 def _names(options: argparse.Namespace) -> dict[str, str]:

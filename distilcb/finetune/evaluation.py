@@ -41,6 +41,22 @@ TEACHER = "teacher"
 _FEW_ROWS, _SEEDS, _SEEDS_OF_FEW_ROWS = 3000, 3, 5
 
 
+def check_none_is_lost(made: Mapping[str, Any], output: Path) -> None:
+    """Of results; it is asked last, as what else there is to do holds of the other models.
+
+    Raises:
+        TrainingError: every seed of a model ended without a finite loss.
+    """
+    lost = [
+        f"{name} on {title}"
+        for title, found in made["tasks"].items()
+        for name, each in found["models"].items()
+        if not each["seeds"] and each["diverged"]
+    ]
+    if lost:
+        raise TrainingError(f"{output}: no seed of {', '.join(lost)} kept a finite loss. Take a smaller --lr.")
+
+
 @dataclass(frozen=True)
 class AskedTask:
     """A task, where its rows are, and which others a model that has learnt it is measured on too (zero-shot).
@@ -110,7 +126,6 @@ class Evaluation:
         Raises:
             ConfigError: a folder of other settings, or one in which another process works.
             DataError, ModelError: rows or models that cannot be used; told before anything is trained.
-            TrainingError: every seed of a model ended without a finite loss.
         """
         with alone_in(output):
             subjects = {asked.task.name: self._subjects(asked) for asked in self.tasks}
@@ -143,14 +158,6 @@ class Evaluation:
                 others=self._others(asked, name),
             )
             made = self._write(output, subjects)
-        lost = [
-            f"{name} on {title}"
-            for title, found in made["tasks"].items()
-            for name, each in found["models"].items()
-            if not each["seeds"] and each["diverged"]
-        ]
-        if lost:
-            raise TrainingError(f"{output}: no seed of {', '.join(lost)} kept a finite loss. Take a smaller --lr.")
         return made
 
     def _write(self, output: Path, subjects: dict[str, dict[str, LabelledTask]]) -> dict[str, Any]:

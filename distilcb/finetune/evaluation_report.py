@@ -34,6 +34,10 @@ def summary_of_task(
     for name, found in models.items():
         if name != teacher and values.get(teacher) and values[name]:
             found["retained"] = retained(values[name], values[teacher], floor.get(own))
+        for other, there in found.get("others", {}).items():
+            ours, theirs = (_elsewhere(results.get(each, {}), other, own) for each in (name, teacher))
+            if name != teacher and ours and theirs:
+                there["retained"] = retained(ours, theirs, None)
     return {"metric": own, "columns": list(columns), "floor": dict(floor), "models": models}
 
 
@@ -57,6 +61,10 @@ def _over_seeds(seeds: Mapping[int, Mapping[str, Any]], columns: Sequence[str]) 
     return found
 
 
+def _elsewhere(seeds: Mapping[int, Mapping[str, Any]], other: str, own: str) -> list[float]:
+    return [each["others"][other][own] for each in seeds.values() if other in each.get("others", {})]
+
+
 def _each(
     measure: Any, figures: Sequence[Mapping[str, float]], columns: Sequence[str], *, least: int = 1
 ) -> dict[str, float]:
@@ -67,9 +75,9 @@ def _each(
 def retained(student: Sequence[float], teacher: Sequence[float], floor: float | None) -> dict[str, float | None]:
     """{"share": mean over mean, "low" and "high" of its confidence interval, "above_floor"}.
 
-    The interval is that of a ratio's logarithm by the delta method, with Student's t at Welch and Satterthwaite's
-    degrees of freedom: seeds of either are independent. None where there is none: of one seed, or of means that
-    are not above 0.
+    The interval is Fieller's of a ratio of two means, with Student's t at Welch and Satterthwaite's degrees of freedom:
+    seeds of either are independent. It holds of scores about 0 too, such as MCC. None where there is none: of one
+    seed, or beside a teacher whose own mean is not told from 0.
     above_floor: the same share once the floor is taken from both; None where the teacher is not above it.
     """
     from scipy import stats
@@ -77,18 +85,24 @@ def retained(student: Sequence[float], teacher: Sequence[float], floor: float | 
     ours, theirs = statistics.fmean(student), statistics.fmean(teacher)
     found: dict[str, float | None] = {"share": ours / theirs if theirs > 0 else None, "low": None, "high": None}
     found["above_floor"] = (ours - floor) / (theirs - floor) if floor is not None and theirs > floor else None
-    if ours <= 0 or theirs <= 0 or min(len(student), len(teacher)) < 2:
+    if theirs <= 0 or min(len(student), len(teacher)) < 2:
         return found
-    parts = [
-        statistics.variance(values) / len(values) / mean**2 for values, mean in ((student, ours), (teacher, theirs))
-    ]
+    share = ours / theirs
+    # Of ours - share * theirs, which is 0 at the true share.
+    parts = [statistics.variance(student) / len(student), share**2 * statistics.variance(teacher) / len(teacher)]
     if not sum(parts):
-        return found | {"low": ours / theirs, "high": ours / theirs}
+        return found | {"low": share, "high": share}
     freedom = sum(parts) ** 2 / sum(
         part**2 / (len(values) - 1) for part, values in zip(parts, (student, teacher), strict=True)
     )
-    width = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(sum(parts))
-    return found | {"low": ours / theirs * math.exp(-width), "high": ours / theirs * math.exp(width)}
+    squared = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) ** 2
+    # The shares at which that difference's square is at most t squared times its variance: between two roots.
+    above = ours**2 - squared * statistics.variance(student) / len(student)
+    below = theirs**2 - squared * statistics.variance(teacher) / len(teacher)
+    if below <= 0:
+        return found
+    width = math.sqrt(max(0.0, (ours * theirs) ** 2 - above * below))
+    return found | {"low": (ours * theirs - width) / below, "high": (ours * theirs + width) / below}
 
 
 def as_markdown(made: Mapping[str, Any]) -> str:
@@ -137,13 +151,13 @@ def _retained(made: Mapping[str, Any]) -> list[str]:
 
 
 def _zero_shot(tasks: Mapping[str, Any]) -> list[str]:
-    rows = [
-        [name, f"{task} → {other}", mean_of(found["models"][name]["others"][other], found["metric"])]
-        for task, found in tasks.items()
-        for name in found["models"]
-        for other in found["models"][name].get("others", {})
-    ]
-    return [table([["zero-shot", "trained on → measured on", "own metric"], *rows])] if rows else []
+    rows = []
+    for task, found in tasks.items():
+        for name, model in found["models"].items():
+            for other, there in model.get("others", {}).items():
+                values = "; ".join(f"{_words(each)} {mean_of(there, each)}" for each in found["columns"])
+                rows.append([name, f"{task} → {other}", values, share_of(there.get("retained"))])
+    return [table([["zero-shot", "trained on → measured on", "scores", "of the teacher"], *rows])] if rows else []
 
 
 def _details(task: str, found: Mapping[str, Any]) -> str:
@@ -151,26 +165,38 @@ def _details(task: str, found: Mapping[str, Any]) -> str:
     rows.append(["without pre-training", *(_number(found["floor"].get(column)) for column in found["columns"]), ""])
     for name, each in found["models"].items():
         rows.append([name, *(mean_of(each, column) for column in found["columns"]), str(len(each["seeds"]))])
-    diverged = [
-        f"{name}: seed {', '.join(map(str, each['diverged']))} ended with a loss that was no number and counts nowhere."
-        for name, each in found["models"].items()
-        if each["diverged"]
-    ]
-    read = read_by_all(found)
-    cut = ", ".join(f"{value:,} {_words(key)}" for key, value in read["heldout"].items())
-    measured = f"measured on {read['split']}: {cut}; {read['max_length']} tokens at most."
-    return "\n\n".join([table(rows), f"Trained on {rows_learnt(found)}, {measured}", *diverged])
+    diverged = [f"{name}: {diverged_of(each)}" for name, each in found["models"].items() if each["diverged"]]
+    return "\n\n".join([table(rows), *_told_of_rows(found["read"]), *diverged])
 
 
-def read_by_all(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was read of a task's rows, the same for each of its models."""
-    read: Mapping[str, Any] = next(iter(found["read"].values()))
-    return read
+def diverged_of(model: Mapping[str, Any]) -> str:
+    """Which seeds of a model are in no figure; empty where all are."""
+    lost = ", ".join(map(str, model["diverged"]))
+    return f"seed {lost} ended with a loss that was no number and counts nowhere." if lost else ""
 
 
-def rows_learnt(found: Mapping[str, Any]) -> str:
-    """How many rows a task's models were trained on, and whether there were more."""
-    read = read_by_all(found)
+def _told_of_rows(read: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What was read and cut: in one sentence, or one for each model whose tokenizer made something else of it."""
+    models: dict[str, list[str]] = {}
+    for name, facts in read.items():
+        learnt = ", ".join([rows_learnt(facts), *_counts(facts["train"])[1:]])
+        told = (
+            f"trained on {learnt}; measured on {facts['split']}: {', '.join(_counts(facts['heldout']))}; "
+            f"{facts['max_length']} tokens at most."
+        )
+        models.setdefault(told, []).append(name)
+    if len(models) == 1:
+        return [f"{told[0].upper()}{told[1:]}" for told in models]
+    return [f"{', '.join(names)}: {told}" for told, names in models.items()]
+
+
+def _counts(figures: Mapping[str, int]) -> list[str]:
+    """Rows come first."""
+    return [f"{value:,} {_words(key)}" for key, value in figures.items()]
+
+
+def rows_learnt(read: Mapping[str, Any]) -> str:
+    """How many rows a model was trained on, and whether there were more."""
     return f"{read['train']['rows']:,} rows" + (" (the first ones only)" if read.get("first_rows_only") else "")
 
 

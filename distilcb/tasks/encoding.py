@@ -116,7 +116,7 @@ def _tagged(rows: Sequence[Row], task: Task, tokenizer: Any, max_length: int) ->
     figures = {
         "rows": len(rows),
         "sequences": len(rows),
-        "cut_rows": sum(bool((place < 0).any()) for place in places),
+        "cut_rows": sum(bool(encoded[number].overflowing) for number in range(len(rows))),
         "words": sum(map(len, places)),
         "words_without_token": int(sum((place < 0).sum() for place in places)),
     }

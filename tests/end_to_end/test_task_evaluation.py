@@ -102,7 +102,22 @@ def test_scores_are_those_of_the_predictions_that_are_kept(evaluated, models):
     by_subword = f1_score(*zip(*spread, strict=True), average="weighted")
     assert figures["subword_f1"] == pytest.approx(100 * by_subword)
     elsewhere = predictions(output, "ner_fr", student, name="predictions_ner_de.jsonl")
-    assert len(elsewhere) == 6
+    right, given = ([line[name] for line in elsewhere] for name in ("right", "predicted"))
+    other = json.loads((output / "tasks" / "ner_fr" / student / "seed_0" / "result.json").read_text(encoding="utf-8"))
+    assert other["others"]["ner_de"]["entity_f1"] == pytest.approx(100 * seqeval.metrics.f1_score(right, given))
+
+
+def test_what_counts_as_right_is_what_the_rows_say(evaluated, models, data):
+    _, output, _ = evaluated
+    student = folder_of(models[1])
+    for folder, task, name, target in (
+        ("deeper/allocine_fr", "allocine_fr", "predictions.jsonl", "label"),
+        ("ner_fr", "ner_fr", "predictions.jsonl", "tags"),
+        ("ner_de", "ner_fr", "predictions_ner_de.jsonl", "tags"),
+    ):
+        rows = (data / folder / "test.jsonl").read_text(encoding="utf-8").splitlines()
+        right = [line["right"] for line in predictions(output, task, student, name=name)]
+        assert right == [json.loads(row)[target] for row in rows]
 
 
 def test_started_again_it_trains_only_what_is_missing(commands, evaluated, models):
@@ -144,11 +159,13 @@ def test_other_settings_or_another_model_of_that_name_are_refused(commands, eval
 
 def test_a_model_whose_every_seed_diverged_is_told_after_the_others_are_done(commands, models, data, tmp_path):
     words = [models[1], "--tasks", "allocine_fr", "--data", data, "--seeds", 0, "--lr", 1e30, "--output", tmp_path]
-    ended = commands.python("evaluate", *words)
+    ended = commands.python("evaluate", *words, "--speed", "--lengths", 16)
     assert ended.returncode == 1
     assert f"no seed of {models[1]} on allocine_fr kept a finite loss" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert "ended with a loss that was no number" in (tmp_path / "tasks" / "results.md").read_text()
+    assert "16 tokens: ms, ratio" in (tmp_path / "speed.md").read_text()
+    assert "ended with a loss that was no number" in (tmp_path / "tasks" / "results.html").read_text()
 
 
 @pytest.mark.parametrize(

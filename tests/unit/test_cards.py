@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from distilcb.errors import ConfigError, ModelError
+from distilcb.eval.speed import Timed
 from distilcb.export.model_card import CardFacts, model_card, with_sections
 from distilcb.finetune.cards import card_of, fill_card
 from distilcb.finetune.evaluation_report import summary_of_task
@@ -60,12 +61,12 @@ def test_a_card_without_settings_gets_its_section_at_the_end():
 
 def test_what_was_found_is_in_the_card_and_its_front_matter(folder, made):
     for _ in range(2):  # a second evaluation takes the place of the first
-        card = fill_card(folder, "student", made=made, tasks={"xnli_fr": TASKS["xnli_fr"]}, speed="| fast |")
+        card = fill_card(folder, "student", made=made, tasks={"xnli_fr": TASKS["xnli_fr"]}, speed=None)
     text = card.read_text(encoding="utf-8")
-    assert text.count("## Fine-tuned on tasks") == text.count("## Size and speed\n\n| fast |") == 1
+    assert text.count("## Fine-tuned on tasks") == 1
     assert "| xnli_fr | accuracy | 72.00 ± 2.83 | 81.00 ± 1.41 | 88.9% (" in text
     assert "published" not in text  # a tiny model is no DistilCamemBERT
-    assert text.index("## Size and speed") < text.index("## Settings")
+    assert text.index("## Fine-tuned on tasks") < text.index("## Settings")
     assert "over 2 seeds" in text
     assert "xnli_fr: trained on 4,992 rows, measured on 2,010 of test." in text
     front = yaml.safe_load(text.split("---\n")[1])
@@ -74,6 +75,29 @@ def test_what_was_found_is_in_the_card_and_its_front_matter(folder, made):
     assert result["metrics"][0] == {"type": "accuracy", "value": 72.0, "name": "accuracy, mean over seeds"}
     assert result["dataset"] == {"name": "xnli_fr", "type": "xnli_fr", "split": "test"}
     assert front["pipeline_tag"] == "fill-mask"
+
+
+def test_speeds_are_this_models_beside_its_teachers_wherever_they_lie(folder, made):
+    facts = {"parameters": 2_500_000, "in_layers": 1, "bytes": {"model.safetensors": 10_000_000}}
+    ours, other, onnx = "/home/me/runs/student", "/home/me/runs/other", "/home/me/runs/student, onnx"
+    sizes = dict.fromkeys(["teacher", ours, other], facts)
+    seconds = {"teacher": {"1 x 16": 0.02}, ours: {"1 x 16": 0.01}, onnx: {"1 x 16": 0.005}, other: {"1 x 16": 9.0}}
+    speed = Timed(sizes, seconds, "teacher", (16, 512))
+    for _ in range(2):
+        text = fill_card(folder, ours, made=None, tasks={}, speed=speed).read_text(encoding="utf-8")
+    section = text.split("## Size and speed")[1].split("## Settings")[0]
+    assert "| its teacher | 2.5 M | 10.0 | 20.0, 1.00 |" in section
+    assert "| this model | 2.5 M | 10.0 | 10.0, 2.00 |" in section
+    assert "| this model, onnx |  | 0.0 | 5.0, 4.00 |" in section
+    assert "Ratio: its teacher's time over this one's. Not timed: 512 tokens" in section
+    assert "/home" not in text
+    assert "other" not in section
+
+
+def test_a_seed_that_diverged_is_told_in_the_card(folder, made):
+    made["tasks"]["xnli_fr"]["models"]["student"]["diverged"] = [2]
+    text = fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8")
+    assert "Of xnli_fr seed 2 ended with a loss that was no number and counts nowhere." in text
 
 
 def test_of_different_numbers_of_seeds_the_least_and_the_most_are_told(folder, made):

@@ -31,9 +31,8 @@ def found():
 
 
 def made_of(**tasks):
-    read = {
-        "teacher": {"split": "test", "max_length": 128, "heldout": {"rows": 9, "cut_rows": 2}, "train": {"rows": 30}}
-    }
+    counted = {"heldout": {"rows": 9, "cut_rows": 2}, "train": {"rows": 30, "cut_rows": 1}}
+    read = {"teacher": {"split": "test", "max_length": 128} | counted}
     return {
         "models": dict.fromkeys(RESULTS, "folder"),
         "tasks": {name: each | {"floor_is": "words", "read": read} for name, each in tasks.items()},
@@ -73,19 +72,34 @@ def test_nine_intervals_of_ten_and_a_half_hold_the_true_share():
 def test_a_large_samples_interval_is_the_normal_one():
     generator = np.random.default_rng(4)
     ours, theirs = generator.normal(70, 2, 4000), generator.normal(80, 1, 4000)
-    share = retained(ours, theirs, None)
+    share = retained(ours, theirs, None)  # so many seeds that any interval is the normal one of the logarithm
     error = math.sqrt(ours.var(ddof=1) / 4000 / ours.mean() ** 2 + theirs.var(ddof=1) / 4000 / theirs.mean() ** 2)
     assert math.log(share["high"] / share["share"]) == pytest.approx(stats.norm.ppf(0.975) * error, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "share"),
-    [([50.0], [80.0, 82.0], 50 / 81), ([0.0, 0.0], [80.0, 82.0], 0.0), ([50.0, 50.0], [-1.0, 0.5], None)],
+    [([50.0], [80.0, 82.0], 50 / 81), ([50.0, 50.0], [-1.0, 0.5], None), ([1.0, 2.0], [0.1, 8.0], 1.5 / 4.05)],
 )
 def test_no_interval_where_there_can_be_none(ours, theirs, share):
     found = retained(ours, theirs, None)
     assert found["share"] == (None if share is None else pytest.approx(share))
     assert (found["low"], found["high"], found["above_floor"]) == (None, None, None)
+
+
+def test_scores_about_zero_have_an_interval_that_holds_zero():
+    """Fieller's, by its definition: at its ends t² times the difference's variance is the difference squared."""
+    ours, theirs = [-2.0, 1.0, 3.0, 0.0, 1.0], [4.0, 5.0, 6.0, 5.0, 4.0]
+    found = retained(ours, theirs, None)
+    assert found["share"] == pytest.approx(0.6 / 4.8)
+    assert -0.7 < found["low"] < 0 < found["share"] < found["high"] < 0.9
+    parts = np.var(ours, ddof=1) / 5, 0.125**2 * np.var(theirs, ddof=1) / 5
+    t = stats.t.ppf(0.975, sum(parts) ** 2 / sum(part**2 / 4 for part in parts))
+    for end in (found["low"], found["high"]):
+        variance = np.var(ours, ddof=1) / 5 + end**2 * np.var(theirs, ddof=1) / 5
+        assert (0.6 - end * 4.8) ** 2 == pytest.approx(t**2 * variance)
+    nothing = retained([0.0, 0.0], [80.0, 82.0], None)
+    assert nothing["low"] == pytest.approx(nothing["high"], abs=1e-12) == pytest.approx(0, abs=1e-12)
 
 
 def test_seeds_that_agree_have_an_interval_of_no_width():
@@ -103,15 +117,29 @@ def test_tables_name_every_task_metric_and_model(found):
     assert "| runs/student, above the floor | 68.8% | 68.8% |" in page
     assert "| lost | – | – |" in page
     assert "| runs/student | 72.00 ± 2.83 | 71.00 ± 2.83 | 2 |" in page
-    assert "Trained on 30 rows, measured on test: 9 rows, 2 cut rows; 128 tokens at most." in page
+    assert "\n\nTrained on 30 rows, 1 cut rows; measured on test: 9 rows, 2 cut rows; 128 tokens at most." in page
+
+
+def test_models_that_cut_otherwise_are_told_one_by_one(found):
+    made = made_of(films=found)
+    read = made["tasks"]["films"]["read"]
+    read |= {"runs/student": read["teacher"], "lost": read["teacher"] | {"heldout": {"rows": 9, "cut_rows": 7}}}
+    page = as_markdown(made)
+    measured = "trained on 30 rows, 1 cut rows; measured on test: 9 rows, {} cut rows; 128 tokens at most."
+    assert f"\n\nteacher, runs/student: {measured.format(2)}\n\nlost: {measured.format(7)}" in page
 
 
 def test_zero_shot_figures_are_told_apart(found):
-    results = {"teacher": seeds(80.0, 82.0, others={"films_en": 60.0})}
-    page = as_markdown(
-        made_of(films=summary_of_task(results, COLUMNS, FLOOR, teacher="teacher")) | {"models": {"teacher": ""}}
+    results = {
+        "teacher": seeds(80.0, 82.0, others={"films_en": 60.0}),
+        "student": seeds(70.0, 71.0, others={"films_en": 45.0}),
+    }
+    models = {"models": dict.fromkeys(results, "")}
+    page = as_markdown(made_of(films=summary_of_task(results, COLUMNS, FLOOR, teacher="teacher")) | models)
+    assert "| teacher | films → films_en | accuracy 60.00 ± 0.00; macro f1 60.00 ± 0.00 | – |" in page
+    assert (
+        "| student | films → films_en | accuracy 45.00 ± 0.00; macro f1 45.00 ± 0.00 | 75.0% (75.0% to 75.0%) |" in page
     )
-    assert "| teacher | films → films_en | 60.00 ± 0.00 |" in page
 
 
 def test_without_a_teacher_nothing_is_said_of_shares():
