@@ -261,26 +261,32 @@ def figures_of(run: Path) -> dict[str, float]:
 
 def table(results: Results) -> list[list[str]]:
     """Each arm's figures, how far it is from the triplet seed by seed, and the sign that was published."""
-    head = ["", *FIGURES.values(), "words right, less the triplet's", "published, GLUE", "seeds"]
+    head = ["", *FIGURES.values(), "words right, less the triplet's", "published, GLUE", "signs", "seeds"]
     rows = []
     for name, by_seed in results.items():
         figures = [spread([each[figure] for each in by_seed.values()], figure) for figure in FIGURES]
-        rows.append(
-            [name, *figures, difference(name, results), f"{PUBLISHED[name]:+.2f}" if name in PUBLISHED else "–"]
-        )
-        rows[-1].append(str(len(by_seed)))
+        apart = differences(name, results)
+        told = f"{statistics.mean(apart):+.2f}" if apart else "–"
+        told += f" ± {statistics.stdev(apart):.2f}" if len(apart) > 1 else ""
+        published = f"{PUBLISHED[name]:+.2f}" if name in PUBLISHED else "–"
+        rows.append([name, *figures, told, published, signs(name, apart), str(len(by_seed))])
     return [head, *rows]
 
 
-def difference(name: str, results: Results) -> str:
-    """Mean ± standard deviation over the seeds that both have, in hundredths."""
+def differences(name: str, results: Results) -> list[float]:
+    """Words right, less the triplet's, in hundredths, of each seed that both have; empty of the triplet itself."""
     if name == BASE or BASE not in results:
-        return "–"
+        return []
     own, base = results[name], results[BASE]
-    values = [100 * (own[seed]["mlm_accuracy"] - base[seed]["mlm_accuracy"]) for seed in own if seed in base]
-    if not values:
+    return [100 * (own[seed]["mlm_accuracy"] - base[seed]["mlm_accuracy"]) for seed in own if seed in base]
+
+
+def signs(name: str, apart: Sequence[float]) -> str:
+    """How many of the seeds go the published way."""
+    if name not in PUBLISHED or not apart:
         return "–"
-    return f"{statistics.mean(values):+.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    same = sum(each * PUBLISHED[name] > 0 for each in apart)
+    return "as published" if same == len(apart) else f"{same} of {len(apart)} as published"
 
 
 def spread(values: Sequence[float], figure: str) -> str:

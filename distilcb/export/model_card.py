@@ -23,6 +23,7 @@ class CardFacts:
     widget: such sentences to try the model with on the hub.
     base_model: the teacher's name on the hub, where it has one.
     language, license, datasets: as the hub names them.
+    text: names of what it was trained on.
     """
 
     name: str
@@ -38,6 +39,7 @@ class CardFacts:
     language: tuple[str, ...] = ()
     license: str | None = None
     datasets: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
 
 
 def model_card(config: Any, facts: CardFacts, mask_token: str | None = "<mask>") -> str:
@@ -59,12 +61,13 @@ def model_card(config: Any, facts: CardFacts, mask_token: str | None = "<mask>")
     source = f"Distilled from `{facts.teacher}`" if facts.teacher else f"Trained on {words} alone"
     if facts.teacher and not facts.steps:
         source = f"A student of `{facts.teacher}` before its training, built"
+    text = f" of {', '.join(f'`{name}`' for name in facts.text)}" if facts.text and facts.steps else ""
     parts = [
         f"---\n{front.to_yaml()}\n---\n",
         f"# {facts.name}\n",
         f"{source} by distilcb: {config.num_hidden_layers} layers, hidden size "
         f"{config.hidden_size}, vocabulary {config.vocab_size:,}; {facts.steps:,} optimizer steps, "
-        f"{facts.tokens:,} tokens.\n",
+        f"{facts.tokens:,} tokens{text}.\n",
         "```python\nfrom transformers import pipeline\n\n"
         f'{"write" if causal else "fill"} = pipeline("{task}", model="PATH_OF_THIS_FOLDER")\n'
         f"{'write' if causal else 'fill'}({json.dumps(example, ensure_ascii=False)})\n```\n",

@@ -19,8 +19,8 @@ SPLITS = ("train", "dev", "test")
 _SUFFIXES = (".jsonl", ".jsonl.gz")
 # JSON can spell these ("\\ud83d"), and no tokenizer takes one.
 _NO_CHARACTER = re.compile("[\ud800-\udfff]")
-# On the hub; MNLI has two of the second kind, and the first is of the genres that it is trained on.
-_HUB_SPLITS = {"train": ("train",), "dev": ("validation", "validation_matched"), "test": ("test",)}
+# On the hub; MNLI has two of the second kind, and the first is of the genres that it is trained on. Some say dev.
+_HUB_SPLITS = {"train": ("train",), "dev": ("validation", "validation_matched", "dev"), "test": ("test",)}
 # What published data sets call a field that they do not have by the task's name.
 _HUB_FIELDS = {"score": ("label", "similarity_score"), "tags": ("ner_tags",), "text": ("review",)}
 _HUB_LABELS = {"neg": "negative", "pos": "positive"}

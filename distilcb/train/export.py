@@ -10,6 +10,7 @@ from distilcb.errors import CheckpointError
 from distilcb.eval.report import as_markdown, heldout_rows
 from distilcb.export.hugging_face import export_checkpoint, with_longest_text, with_tokenizer_ids, write_model
 from distilcb.export.model_card import CardFacts
+from distilcb.hub import HUB_PREFIX
 from distilcb.recipe import load_recipe
 from distilcb.train.models import load_models
 from distilcb.train.run_folder import RunFolder, find_run
@@ -79,6 +80,7 @@ def card_facts(config: Config, *, name: str, steps: int, heldout: dict[str, Any]
         language=config.card.language,
         license=config.card.license,
         datasets=config.card.datasets,
+        text=tuple(name if name.startswith(HUB_PREFIX) else Path(name).name for name in config.data.train),
     )
     return replace(facts, example=with_mask[0]) if with_mask else facts
 

@@ -89,6 +89,9 @@ def test_the_model_card_says_how_good_the_student_is(finished):
     for figures in heldout.values():
         assert f"{figures['mlm_loss']:.3f}" in card
     assert "6 optimizer steps" in card
+    assert "tokens of `train`." in card  # the shipped text's folder, wherever it lies here
+    assert str(DEFAULT_RECIPE.parent) not in card
+    assert card.startswith("---\nlanguage:\n- fr\nlibrary_name: transformers\nlicense: apache-2.0\n")
 
 
 @pytest.fixture(scope="module")

@@ -108,3 +108,20 @@ def test_results_of_another_text_recipe_or_arm_are_refused(ablation, trained, tm
         compared(ablation, tmp_path, "a", *arms)
     assert (tmp_path / "results.json").read_bytes() == before
     assert len(trained) == 2
+
+
+def test_signs_are_compared_with_the_published_ones_seed_by_seed(ablation):
+    def right(*values):
+        return {str(seed): dict.fromkeys(ablation.FIGURES, value) for seed, value in enumerate(values)}
+
+    results = {
+        "triplet": right(0.46, 0.47),
+        "without kl": right(0.45, 0.45),
+        "without mlm": right(0.45, 0.48, 0.1),  # the third seed has no triplet beside it
+        "words alone": right(0.44, 0.44),
+    }
+    rows = {row[0]: row[-4:] for row in ablation.table(results)}
+    assert rows["without kl"] == ["-1.50 ± 0.71", "-2.96", "as published", "2"]
+    assert rows["without mlm"] == ["+0.00 ± 1.41", "-0.31", "1 of 2 as published", "3"]
+    assert rows["words alone"] == ["-2.50 ± 0.71", "–", "–", "2"]
+    assert rows["triplet"] == ["–", "–", "–", "2"]

@@ -72,3 +72,9 @@ def test_an_unknown_name_lists_the_known_ones():
 def test_a_name_that_is_nearly_one_says_which():
     with pytest.raises(ConfigError, match=r"Did you mean xnli_fr\?$"):
         task_named("xnli-fr")
+
+
+def test_every_classification_is_scored_by_accuracy_and_macro_f1():
+    kinds = [task for task in TASKS.values() if task.kind == "classification"]
+    assert len(kinds) > 10
+    assert [task.name for task in kinds if not {"accuracy", "macro_f1"} <= set(task.metrics)] == []

@@ -289,6 +289,9 @@ def test_a_card_names_the_teacher_and_the_size_of_student_and_training(model):
     text = card(model)
     for fact in ("# a student\n", "`camembert-base`", "2 layers", "hidden size 32", "8,005", "1,500", "98,304,000"):
         assert fact in text
+    told = card(model, text=("fr_train.txt.xz", "hub:oscar:fr:train"))
+    assert "98,304,000 tokens of `fr_train.txt.xz`, `hub:oscar:fr:train`." in told
+    assert "of `fr" not in card(model, text=("fr_train.txt.xz",), steps=0)
 
 
 def test_a_student_without_a_teacher_is_not_called_distilled(model):
