@@ -12,7 +12,7 @@ from distilcb.eval.report import as_markdown
 from distilcb.eval.speed import Timed
 from distilcb.export.model_card import with_results, with_sections
 from distilcb.finetune.evaluation import TEACHER
-from distilcb.finetune.evaluation_report import diverged_of, mean_of, rows_learnt, share_of
+from distilcb.finetune.evaluation_report import mean_of, odd_seeds, rows_learnt, share_of
 from distilcb.models.loading import load_config
 from distilcb.tasks.declarations import Task
 
@@ -105,14 +105,10 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     over = "Of one seed" if seeds == [1] else f"Mean ± standard deviation over {number} seeds"
     rows_read = " ".join(_rows_of(task, found["read"][name]) for task, found in made["tasks"].items())
-    lost = [
-        f" Of {task} {diverged_of(found['models'][name])}"
-        for task, found in made["tasks"].items()
-        if found["models"][name]["diverged"]
-    ]
+    odd = [f" Of {task} {told}" for task, found in made["tasks"].items() if (told := odd_seeds(found["models"][name]))]
     note = (
         f"{over}, in hundredths; passes over the rows: {recipe['epochs']:g}, batches of {recipe['batch']}, "
-        f"learning rate {recipe['lr']:g}. {rows_read}{''.join(lost)}"
+        f"learning rate {recipe['lr']:g}. {rows_read}{''.join(odd)}"
     )
     if published:
         note += (

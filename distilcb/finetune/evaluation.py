@@ -6,6 +6,7 @@
 <output>/results.json, results.md   of the models and tasks that are asked for, all that is finished
 """
 
+import json
 import logging
 import re
 import sys
@@ -39,6 +40,12 @@ log = logging.getLogger(__name__)
 
 TEACHER = "teacher"
 _FEW_ROWS, _SEEDS, _SEEDS_OF_FEW_ROWS = 3000, 3, 5
+
+
+def _labels_given(folder: Path) -> set[str]:
+    """Those of a finished training: of one that collapsed there is but one."""
+    with (folder / "predictions.jsonl").open(encoding="utf-8") as lines:
+        return {json.loads(line)["predicted"] for line in lines}
 
 
 def check_none_is_lost(made: Mapping[str, Any], output: Path) -> None:
@@ -179,6 +186,10 @@ class Evaluation:
         results = {name: results_by_seed(folder / self.folders[name]) for name in self.models}
         kept = read_json(folder / "floor.json")
         found = summary_of_task(results, first.columns, kept["figures"], teacher=TEACHER)
+        if asked.task.kind == "classification":
+            for name, model in found["models"].items():
+                of = folder / self.folders[name]
+                model["one_label"] = [seed for seed in model["seeds"] if len(_labels_given(of / f"seed_{seed}")) == 1]
         return found | {"floor_is": FLOORS[asked.task.kind], "read": {name: s.facts for name, s in subjects.items()}}
 
     def _subjects(self, asked: AskedTask) -> dict[str, LabelledTask]:

@@ -165,14 +165,18 @@ def _details(task: str, found: Mapping[str, Any]) -> str:
     rows.append(["without pre-training", *(_number(found["floor"].get(column)) for column in found["columns"]), ""])
     for name, each in found["models"].items():
         rows.append([name, *(mean_of(each, column) for column in found["columns"]), str(len(each["seeds"]))])
-    diverged = [f"{name}: {diverged_of(each)}" for name, each in found["models"].items() if each["diverged"]]
-    return "\n\n".join([table(rows), *_told_of_rows(found["read"]), *diverged])
+    odd = [f"{name}: {told}" for name, each in found["models"].items() if (told := odd_seeds(each))]
+    return "\n\n".join([table(rows), *_told_of_rows(found["read"]), *odd])
 
 
-def diverged_of(model: Mapping[str, Any]) -> str:
-    """Which seeds of a model are in no figure; empty where all are."""
-    lost = ", ".join(map(str, model["diverged"]))
-    return f"seed {lost} ended with a loss that was no number and counts nowhere." if lost else ""
+def odd_seeds(model: Mapping[str, Any]) -> str:
+    """Which seeds of a model are in no figure, and which have learnt nothing but are; empty where there is none."""
+    kinds = {
+        "ended with a loss that was no number and counts nowhere": model["diverged"],
+        "gave every row the same label, as chance has it, and counts": model.get("one_label", []),
+    }
+    told = [f"seed {', '.join(map(str, seeds))} {what}" for what, seeds in kinds.items() if seeds]
+    return f"{'; '.join(told)}." if told else ""
 
 
 def _told_of_rows(read: Mapping[str, Mapping[str, Any]]) -> list[str]:
