@@ -107,6 +107,22 @@ def sizes(name: str) -> dict[str, Any]:
     }
 
 
+def check_lengths(models: Mapping[str, str], lengths: Sequence[int]) -> tuple[str, int]:
+    """Which of the models, {name: folder or hub name}, has positions for the fewest tokens, and for how many.
+
+    Raises:
+        ModelError: it has none for any of the lengths.
+    """
+    configs = {name: load_config(model) for name, model in models.items()}
+    positions = {name: family_of(config, where=name).max_seq_len(config) for name, config in configs.items()}
+    fewest = min(positions, key=positions.__getitem__)
+    if min(lengths) > positions[fewest]:
+        raise ModelError(
+            f"--lengths {min(lengths)}: {fewest} has positions for {positions[fewest]} tokens. Name a smaller one."
+        )
+    return fewest, positions[fewest]
+
+
 def time_models(models: Mapping[str, str], *, lengths: Sequence[int] = LENGTHS) -> Timed:
     """Sizes and speeds of models, {name: folder or hub name}, beside the first one."""
     sizes_of = {name: sizes(model) for name, model in models.items()}
@@ -127,13 +143,9 @@ def speeds(
     Raises:
         ModelError: one has no positions for any of the lengths.
     """
-    configs = {name: load_config(model) for name, model in models.items()}
-    positions = {name: family_of(config, where=name).max_seq_len(config) for name, config in configs.items()}
-    fewest, most = min(positions, key=positions.__getitem__), min(positions.values())
-    if min(lengths) > most:
-        raise ModelError(f"--lengths {min(lengths)}: {fewest} has positions for {most} tokens. Name a smaller one.")
+    fewest, most = check_lengths(models, lengths)
     contenders = {each: call for name, model in models.items() for each, call in _contenders(name, model).items()}
-    words = min(config.vocab_size for config in configs.values())
+    words = min(load_config(model).vocab_size for model in models.values())
     found: dict[str, dict[str, float]] = {name: {} for name in contenders}
     for length in lengths:
         if length > most:

@@ -134,6 +134,8 @@ def run(options: argparse.Namespace) -> None:
         return
     if options.card:
         _check_cards(options)
+    if options.lengths:
+        _check_lengths(options)
     # What is kept piece by piece comes first, so that a job that is stopped in it repeats nothing else.
     made = _evaluate_tasks(options) if options.tasks else None
     if _text_is_wanted(options):
@@ -178,6 +180,12 @@ def _check_cards(options: argparse.Namespace) -> None:
 
     for model in options.models:
         card_of(model)
+
+
+def _check_lengths(options: argparse.Namespace) -> None:
+    from distilcb.eval.speed import check_lengths
+
+    check_lengths(_names(options), options.lengths)
 
 
 def _fill_cards(options: argparse.Namespace, made: "dict[str, Any] | None", speed: "Timed | None") -> None:

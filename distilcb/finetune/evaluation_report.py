@@ -173,7 +173,7 @@ def odd_seeds(model: Mapping[str, Any]) -> str:
     """Which seeds of a model are in no figure, and which have learnt nothing but are; empty where there is none."""
     kinds = {
         "ended with a loss that was no number and counts nowhere": model["diverged"],
-        "gave every row the same label, as chance has it, and counts": model.get("one_label", []),
+        "gave every row the same label, and counts": model.get("one_label", []),
     }
     told = [f"seed {', '.join(map(str, seeds))} {what}" for what, seeds in kinds.items() if seeds]
     return f"{'; '.join(told)}." if told else ""
