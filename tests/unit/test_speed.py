@@ -39,7 +39,7 @@ def test_sizes_are_those_of_weights_and_files(models, tiny_model, tmp_path):
 
 
 def test_every_model_is_timed_at_every_length_that_all_have_positions_for(models):
-    found = speeds(models, lengths=(4, 16, 512), batches={1: 3, 2: 1})
+    found = speeds(models, lengths=(4, 16, 512), batches={1: 15, 2: 1})
     assert list(found) == ["teacher", "student"]
     assert all(list(times) == ["1 x 4", "2 x 4", "1 x 16", "2 x 16"] for times in found.values())
     assert found["student"]["1 x 16"] < found["teacher"]["1 x 16"]
