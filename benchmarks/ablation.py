@@ -30,7 +30,7 @@ import yaml
 
 from distilcb import distributed
 from distilcb.command_line import new_file, number
-from distilcb.config import REPOSITORY
+from distilcb.config import REPOSITORY, RESULT_NEUTRAL, flatten
 from distilcb.data.corpus import find_sources, read_documents
 from distilcb.data.damage import Damage
 from distilcb.durability import write_durably
@@ -73,7 +73,8 @@ def main(words: list[str]) -> None:
     if unknown := [name for name in arms if name not in ARMS]:
         raise ConfigError(f"--arms {', '.join(unknown)}: there are {', '.join(ARMS)}.")
     settings = {name: getattr(options, name) for name in ("steps", "heldout_every", "equal_time")}
-    settings |= {"maskings": MASKINGS, "recipe": hash_of(recipe_of(BASE))}
+    computed = {name: value for name, value in flatten(recipe_of(BASE)).items() if name not in RESULT_NEUTRAL}
+    settings |= {"maskings": MASKINGS, "recipe": hash_of(computed)}
     # Where text lies may differ from machine to machine; what is in it may not.
     settings |= {name: content_of(getattr(options, name)) for name in ("train", "heldout")}
     # Runs of other settings have folders of their own.

@@ -53,6 +53,14 @@ def model_folder(name: str, *, what: str = "model", weights: bool = True, pickle
         ) from error
 
 
+def public_name(name: str) -> str:
+    """What a card, which is read elsewhere, calls a model or text: a hub name as it is, of a path the last part."""
+    path = Path(name.removeprefix(HUB_PREFIX).split(":")[0] if name.startswith(HUB_PREFIX) else name).expanduser()
+    if path.exists():
+        return path.resolve().name
+    return path.name if name.startswith(("/", ".", "~")) else name
+
+
 @cache
 def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
     """The hub's newest files of a model; those that are in the cache where the hub does not answer."""

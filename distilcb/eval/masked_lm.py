@@ -148,9 +148,11 @@ def _own_scores(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tens
 
 
 def _figures(sums: Tensor, *, with_teacher: bool, term: str) -> dict[str, Figures]:
-    sums = sums[sums[:, 0] > 0]  # a short text has less than a block for each part
+    if term == "clm":
+        sums = sums[sums[:, 0] > 0]  # a short text has less than a block for each part
     words = sums[:, 0]
-    means = {name: sums[:, column] / words for column, name in enumerate(_COLUMNS) if column}
+    # A masking that asks for no word of a band has a share of nothing, and counts as one in the error.
+    means = {name: sums[:, column] / words.clamp(min=1) for column, name in enumerate(_COLUMNS) if column}
     shares = words / words.sum()
     student = _prediction(means["student_nll"], means["student_right"], shares, term)
     if not with_teacher:

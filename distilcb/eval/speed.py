@@ -69,9 +69,13 @@ class Timed:
         left_out = [str(length) for length in self.lengths if length not in done]
         page = (
             f"{table(rows)}\n\nfp32 but for int8, on a CPU with {torch.get_num_threads()} thread(s), each model with "
-            f"the head of its folder; medians of calls in turn. Ratio: {self.beside}'s time over this one's."
+            f"the head of its folder; medians of calls in turn. Ratio: the time of {self.beside} over that of the row."
         )
-        return page + (f" Not timed: {', '.join(left_out)} tokens, for which one has no positions." if left_out else "")
+        return page + (
+            f" Not timed: {', '.join(left_out)} tokens, for which a model timed beside them has no positions."
+            if left_out
+            else ""
+        )
 
 
 def in_turn(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict[str, list[float]]:
@@ -89,8 +93,8 @@ def in_turn(contenders: Mapping[str, Callable[[], Any]], *, rounds: int) -> dict
 
 
 def wait_for_device() -> None:
-    """Return when a GPU has done what it was given."""
-    if torch.cuda.is_available():
+    """Return when a GPU has done what it was given; one that was given nothing is left alone."""
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -107,19 +111,18 @@ def sizes(name: str) -> dict[str, Any]:
     }
 
 
-def check_lengths(models: Mapping[str, str], lengths: Sequence[int]) -> tuple[str, int]:
-    """Which of the models, {name: folder or hub name}, has positions for the fewest tokens, and for how many.
+def check_lengths(models: Mapping[str, str], lengths: Sequence[int]) -> None:
+    """Raises ModelError where one of the models, {name: folder or hub name}, has positions for none of the lengths."""
+    fewest, most = _fewest_positions(models)
+    if min(lengths) > most:
+        raise ModelError(f"--lengths {min(lengths)}: {fewest} has positions for {most} tokens. Name a smaller one.")
 
-    Raises:
-        ModelError: it has none for any of the lengths.
-    """
+
+def _fewest_positions(models: Mapping[str, str]) -> tuple[str, int]:
+    """The model whose texts can be no longer than any other's, and their tokens."""
     configs = {name: load_config(model) for name, model in models.items()}
     positions = {name: family_of(config, where=name).max_seq_len(config) for name, config in configs.items()}
     fewest = min(positions, key=positions.__getitem__)
-    if min(lengths) > positions[fewest]:
-        raise ModelError(
-            f"--lengths {min(lengths)}: {fewest} has positions for {positions[fewest]} tokens. Name a smaller one."
-        )
     return fewest, positions[fewest]
 
 
@@ -140,10 +143,8 @@ def speeds(
         models: what each is called -> folder or hub name.
         batches: texts at once -> rounds.
 
-    Raises:
-        ModelError: one has no positions for any of the lengths.
     """
-    fewest, most = check_lengths(models, lengths)
+    fewest, most = _fewest_positions(models)
     contenders = {each: call for name, model in models.items() for each, call in _contenders(name, model).items()}
     words = min(load_config(model).vocab_size for model in models.values())
     found: dict[str, dict[str, float]] = {name: {} for name in contenders}

@@ -139,8 +139,9 @@ def _outputs(model: Any) -> list[str]:
 
 
 def _inputs(model: Any) -> tuple[str, ...]:
-    """Ids and mask; segments where it was taught several, as in fine-tuning on pairs of texts."""
-    return _INPUTS if getattr(model.config, "type_vocab_size", 0) > 1 else _INPUTS[:2]
+    """Ids and mask; of BERT segments too, which its tokenizer makes of pairs of texts, and no other family's does."""
+    several = model.config.model_type == "bert" and model.config.type_vocab_size > 1
+    return _INPUTS if several else _INPUTS[:2]
 
 
 class _Logits(torch.nn.Module):

@@ -13,6 +13,7 @@ from distilcb.eval.speed import Timed
 from distilcb.export.model_card import with_results, with_sections
 from distilcb.finetune.evaluation import TEACHER
 from distilcb.finetune.evaluation_report import mean_of, odd_seeds, rows_learnt, share_of
+from distilcb.hub import public_name
 from distilcb.models.loading import load_config
 from distilcb.tasks.declarations import Task
 
@@ -52,6 +53,8 @@ def fill_card(
 ) -> Path:
     """Put an evaluation into a model's card, in place of an earlier one; returns the card.
 
+    Tasks of which no seed has a figure are left out; where there is no other, what an earlier evaluation found stays.
+
     Args:
         model: its folder.
         name: what it is called in `made` and `speed`.
@@ -63,6 +66,9 @@ def fill_card(
         ConfigError, ModelError: no card, or one that cannot be read or written.
     """
     card = card_of(model)
+    if made:
+        finished = {task: found for task, found in made["tasks"].items() if found["models"][name]["seeds"]}
+        made = {**made, "tasks": finished} if finished else None
     sections = {}
     if made:
         sections["Fine-tuned on tasks"] = _tasks_section(model, name, made)
@@ -81,7 +87,7 @@ def fill_card(
 
 def _speed_section(name: str, speed: Timed) -> str:
     """This model beside the first one; where they lie here says nothing where a card is read."""
-    other = "its teacher" if speed.beside == TEACHER else Path(speed.beside).name
+    other = "its teacher" if speed.beside == TEACHER else public_name(speed.beside)
     return speed.of({speed.beside: other, name: "this model"}).as_markdown()
 
 
@@ -105,7 +111,12 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     over = "Of one seed" if seeds == [1] else f"Mean ± standard deviation over {number} seeds"
     rows_read = " ".join(_rows_of(task, found["read"][name]) for task, found in made["tasks"].items())
-    odd = [f" Of {task} {told}" for task, found in made["tasks"].items() if (told := odd_seeds(found["models"][name]))]
+    odd = [
+        f" {who}Of {task} {told}"
+        for task, found in made["tasks"].items()
+        for each, who in {name: "", TEACHER: "Its teacher: "}.items()
+        if each in found["models"] and (told := odd_seeds(found["models"][each]))
+    ]
     note = (
         f"{over}, in hundredths; passes over the rows: {recipe['epochs']:g}, batches of {recipe['batch']}, "
         f"learning rate {recipe['lr']:g}. {rows_read}{''.join(odd)}"

@@ -101,7 +101,7 @@ def check_options(options: argparse.Namespace) -> None:
     if (options.tasks or options.speed) and not options.check and discover().size > 1:
         faults.append(
             "one process fine-tunes and times: start --tasks and --speed with python, in a Slurm job with "
-            "sbatch --ntasks-per-node=1 --gres=gpu:1"
+            "sbatch --ntasks-per-node=1 (and --gres=gpu:1 for --tasks)"
         )
     if options.card and not (options.tasks or options.speed):
         faults.append("--card is filled from --tasks or --speed: add one of them, or leave --card out")
@@ -236,8 +236,10 @@ def _write_page(output: Path, made: dict[str, Any]) -> None:
     from distilcb.finetune.plots import as_page
     from distilcb.finetune.runs import ON_FULL_DISK, read_json
 
-    speed = output.parent / "speed.json"
-    page = as_page(made, as_markdown(made), read_json(speed)["seconds"] if speed.is_file() else None)
+    file = output.parent / "speed.json"
+    speed = read_json(file) if file.is_file() else None
+    of_a_cpu = speed is not None and speed["where"]["device"] == "cpu"  # earlier versions timed on a GPU too
+    page = as_page(made, as_markdown(made), speed["seconds"] if speed and of_a_cpu else None)
     if page is not None:
         with writing(output, ConfigError, ON_FULL_DISK):
             write_durably(output / "results.html", page)

@@ -42,10 +42,15 @@ TEACHER = "teacher"
 _FEW_ROWS, _SEEDS, _SEEDS_OF_FEW_ROWS = 3000, 3, 5
 
 
-def _labels_given(folder: Path) -> set[str]:
-    """Those of a finished training: of one that collapsed there is but one."""
-    with (folder / "predictions.jsonl").open(encoding="utf-8") as lines:
-        return {json.loads(line)["predicted"] for line in lines}
+def gave_one_label(folder: Path) -> bool:
+    """Whether a finished training, as one that collapsed, gives every row the same; not where nobody can tell now."""
+    try:
+        with (folder / "predictions.jsonl").open(encoding="utf-8") as lines:
+            given = (json.loads(line)["predicted"] for line in lines)
+            first = next(given, None)
+            return first is not None and all(each == first for each in given)
+    except (OSError, ValueError):  # predictions may be deleted; figures are kept without them
+        return False
 
 
 def check_none_is_lost(made: Mapping[str, Any], output: Path) -> None:
@@ -189,7 +194,7 @@ class Evaluation:
         if asked.task.kind == "classification":
             for name, model in found["models"].items():
                 of = folder / self.folders[name]
-                model["one_label"] = [seed for seed in model["seeds"] if len(_labels_given(of / f"seed_{seed}")) == 1]
+                model["one_label"] = [seed for seed in model["seeds"] if gave_one_label(of / f"seed_{seed}")]
         return found | {"floor_is": FLOORS[asked.task.kind], "read": {name: s.facts for name, s in subjects.items()}}
 
     def _subjects(self, asked: AskedTask) -> dict[str, LabelledTask]:

@@ -77,7 +77,7 @@ def retained(student: Sequence[float], teacher: Sequence[float], floor: float | 
 
     The interval is Fieller's of a ratio of two means, with Student's t at Welch and Satterthwaite's degrees of freedom:
     seeds of either are independent. It holds of scores about 0 too, such as MCC. None where there is none: of one
-    seed, or beside a teacher whose own mean is not told from 0.
+    seed, beside a teacher whose own mean is not told from 0, or of a student that is at 0 in every seed.
     above_floor: the same share once the floor is taken from both; None where the teacher is not above it.
     """
     from scipy import stats
@@ -85,7 +85,7 @@ def retained(student: Sequence[float], teacher: Sequence[float], floor: float | 
     ours, theirs = statistics.fmean(student), statistics.fmean(teacher)
     found: dict[str, float | None] = {"share": ours / theirs if theirs > 0 else None, "low": None, "high": None}
     found["above_floor"] = (ours - floor) / (theirs - floor) if floor is not None and theirs > floor else None
-    if theirs <= 0 or min(len(student), len(teacher)) < 2:
+    if theirs <= 0 or min(len(student), len(teacher)) < 2 or not any(student):
         return found
     share = ours / theirs
     # Of ours - share * theirs, which is 0 at the true share.
@@ -144,7 +144,7 @@ def _retained(made: Mapping[str, Any]) -> list[str]:
         rows.append([name, *(share_of(each) for each in shares)])
         rows.append([f"{name}, above the floor", *(_percent(each and each["above_floor"]) for each in shares)])
     note = (
-        f"The model's mean over the teacher's, with its {CONFIDENCE:.0%} interval over seeds; then the same "
+        f"The model's mean over the teacher's, with its {CONFIDENCE:.0%} interval over seeds, if any; then the same "
         "with what is had without pre-training taken from both (–: the teacher has no more than that)."
     )
     return [table(rows), note]

@@ -10,13 +10,14 @@ from distilcb.errors import CheckpointError
 from distilcb.eval.report import as_markdown, heldout_rows
 from distilcb.export.hugging_face import export_checkpoint, with_longest_text, with_tokenizer_ids, write_model
 from distilcb.export.model_card import CardFacts
-from distilcb.hub import HUB_PREFIX
+from distilcb.hub import public_name
 from distilcb.recipe import load_recipe
 from distilcb.train.models import load_models
 from distilcb.train.run_folder import RunFolder, find_run
 
 _SECTIONS = ("loss", "masking", "optim", "student")
 _MAY_BE_PATHS = ("student.init", "student.config")
+_TEXTS_TOLD = 3
 
 
 def export_run(run_dir: Path, *, step: int | None, output: Path) -> Path:
@@ -66,12 +67,12 @@ def card_facts(config: Config, *, name: str, steps: int, heldout: dict[str, Any]
     with_mask = [each for each in config.data.sample_sentences if each.count("<mask>") == 1]
     facts = CardFacts(
         name=name,
-        teacher=_public_name(config.teacher.model),
+        teacher=config.teacher.model and public_name(config.teacher.model),
         steps=steps,
         tokens=steps * config.optim.global_batch * config.data.seq_len,
         table=as_markdown(heldout_rows(heldout)) if heldout else "",
         settings={
-            name: _public_name(value) if name in _MAY_BE_PATHS else value
+            name: public_name(value) if value and name in _MAY_BE_PATHS else value
             for name, value in flatten(config).items()
             if name.split(".")[0] in _SECTIONS
         },
@@ -80,14 +81,16 @@ def card_facts(config: Config, *, name: str, steps: int, heldout: dict[str, Any]
         language=config.card.language,
         license=config.card.license,
         datasets=config.card.datasets,
-        text=tuple(name if name.startswith(HUB_PREFIX) else Path(name).name for name in config.data.train),
+        text=_texts_of(config),
     )
     return replace(facts, example=with_mask[0]) if with_mask else facts
 
 
-def _public_name(model: str | None) -> str | None:
-    """A hub name as it is, of a path the last part: a card is read elsewhere."""
-    return Path(model).name if model and Path(model).expanduser().exists() else model
+def _texts_of(config: Config) -> tuple[str, ...]:
+    """What the card is to say of them, else the names of files, of which a corpus may have a thousand."""
+    names = list(dict.fromkeys(map(public_name, config.data.train)))
+    more = (f"{len(names) - _TEXTS_TOLD:,} more",) if len(names) > _TEXTS_TOLD else ()
+    return config.card.datasets or (*names[:_TEXTS_TOLD], *more)
 
 
 def _hub_name(model: str | None) -> str | None:

@@ -107,22 +107,6 @@ def test_scores_are_those_of_the_predictions_that_are_kept(evaluated, models):
     assert other["others"]["ner_de"]["entity_f1"] == pytest.approx(100 * seqeval.metrics.f1_score(right, given))
 
 
-def test_a_seed_that_gives_every_row_one_label_is_named_and_counts(commands, models, data, tmp_path):
-    """After two steps that change next to nothing it says what its new head says."""
-    words = [models[1], "--tasks", "allocine_fr", "--data", data, "--seeds", 0, 1, "--output", tmp_path]
-    ended = commands.python("evaluate", *words, "--lr", 1e-9, "--train_rows", 16, "--epochs", 1)
-    assert ended.returncode == 0, ended.stderr
-    found = results(tmp_path)["tasks"]["allocine_fr"]["models"][str(models[1])]
-    labels = {
-        seed: {line["predicted"] for line in predictions(tmp_path, "allocine_fr", folder_of(models[1]), seed=seed)}
-        for seed in (0, 1)
-    }
-    assert found["one_label"] == [seed for seed, given in labels.items() if len(given) == 1]
-    assert found["one_label"], labels
-    assert len(found["seeds"]) == 2
-    assert "gave every row the same label" in (tmp_path / "tasks" / "results.md").read_text(encoding="utf-8")
-
-
 def test_what_counts_as_right_is_what_the_rows_say(evaluated, models, data):
     _, output, _ = evaluated
     student = folder_of(models[1])

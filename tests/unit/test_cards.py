@@ -89,7 +89,7 @@ def test_speeds_are_this_models_beside_its_teachers_wherever_they_lie(folder, ma
     assert "| its teacher | 2.5 M | 10.0 | 20.0, 1.00 |" in section
     assert "| this model | 2.5 M | 10.0 | 10.0, 2.00 |" in section
     assert "| this model, onnx |  | 0.0 | 5.0, 4.00 |" in section
-    assert "Ratio: its teacher's time over this one's. Not timed: 512 tokens" in section
+    assert "Ratio: the time of its teacher over that of the row. Not timed: 512 tokens" in section
     assert "/scratch" not in text
     assert "other" not in section
 
@@ -101,6 +101,17 @@ def test_a_seed_that_diverged_is_told_in_the_card(folder, made):
     made["tasks"]["xnli_fr"]["models"]["student"]["one_label"] = [0, 1]
     text = fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8")
     assert "counts nowhere; seed 0, 1 gave every row the same label, and counts." in text
+    made["tasks"]["xnli_fr"]["models"]["teacher"]["one_label"] = [1]
+    text = fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8")
+    assert "Its teacher: Of xnli_fr seed 1 gave every row the same label" in text
+
+
+def test_a_model_that_lost_every_seed_keeps_what_its_card_has(folder, made):
+    before = fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8")
+    lost = {"teacher": seeds(80.0), "student": {0: {"diverged_at_step": 3}}}
+    found = summary_of_task(lost, ("accuracy", "macro_f1"), {"accuracy": 50.0}, teacher="teacher")
+    made["tasks"]["xnli_fr"] |= found
+    assert fill_card(folder, "student", made=made, tasks=TASKS, speed=None).read_text(encoding="utf-8") == before
 
 
 def test_of_different_numbers_of_seeds_the_least_and_the_most_are_told(folder, made):

@@ -7,7 +7,7 @@ import pytest
 
 from distilcb.config import REPOSITORY
 from distilcb.errors import ConfigError
-from distilcb.finetune.evaluation import AskedTask, Evaluation
+from distilcb.finetune.evaluation import AskedTask, Evaluation, gave_one_label
 from distilcb.finetune.models import content_of
 from distilcb.finetune.subjects import LabelledTask
 from distilcb.finetune.training import Recipe
@@ -91,3 +91,19 @@ def test_a_limit_that_leaves_no_row_out_is_no_try(tmp_path, limit, rows, first_o
     assert (len(subject.training_rows), subject.facts["first_rows_only"]) == (rows, first_only)
     whole = LabelledTask(TASKS["allocine_fr"], str(tmp_path), str(MINI_TEACHER), **lengths | {"train_rows": None})
     assert (subject.content == whole.content) is not first_only
+
+
+@pytest.mark.parametrize(
+    ("lines", "one"),
+    [
+        ('{"predicted": "a", "right": "b"}\n{"predicted": "a", "right": "a"}\n', True),
+        ('{"predicted": "a", "right": "a"}\n{"predicted": "b", "right": "a"}\n', False),
+        ("\0\0\0", False),
+        (None, False),
+    ],
+    ids=["one", "two", "torn", "deleted"],
+)
+def test_a_training_that_gives_every_row_one_label_is_told_from_others(tmp_path, lines, one):
+    if lines is not None:
+        (tmp_path / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    assert gave_one_label(tmp_path) is one

@@ -12,6 +12,7 @@ from distilcb.config import MaskingConfig
 from distilcb.data.loader import Batch, HeldoutBatches
 from distilcb.data.masking import Masking
 from distilcb.data.tokenizer import Vocabulary, load_tokenizer
+from distilcb.eval import masked_lm
 from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import evaluate
 from distilcb.eval.models import frequency_bands
@@ -321,6 +322,15 @@ def test_a_bands_figures_are_those_of_its_words(student, teacher):
             ]
             error = (2 * sum(each**2 for each in apart)) ** 0.5
             assert own["standard_error"][name] == pytest.approx(error, rel=1e-3)
+
+
+def test_maskings_without_a_word_of_a_band_count_in_its_error():
+    # Eight maskings, of which two ask for a word: one is right. Cochran: sqrt(8 / 7 (0.5² 0.5² + 0.5² 0.5²)).
+    sums = torch.zeros(8, 7, dtype=torch.float64)
+    sums[2, :3], sums[5, :3] = torch.tensor([1.0, 0.5, 1.0]), torch.tensor([1.0, 1.5, 0.0])
+    found = masked_lm._figures(sums, with_teacher=False, term="mlm")["student"]
+    assert (found["mlm_accuracy"], found["mlm_loss"]) == (0.5, 1.0)
+    assert found["standard_error"]["mlm_accuracy"] == pytest.approx(math.sqrt(8 / 7 / 8))
 
 
 def test_words_are_banded_by_how_often_they_are_there():

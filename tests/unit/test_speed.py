@@ -6,7 +6,7 @@ import time
 import pytest
 
 from distilcb.errors import ModelError
-from distilcb.eval.speed import in_turn, sizes, speed_rows, speeds, time_models, write_speeds
+from distilcb.eval.speed import check_lengths, in_turn, sizes, speed_rows, speeds, time_models, write_speeds
 from distilcb.export.onnx import INT8, ONNX, export_onnx
 
 
@@ -70,7 +70,7 @@ def test_rows_have_times_and_ratios():
 def test_what_was_measured_is_written(models, tmp_path):
     timed = time_models(models, lengths=(4, 512))
     page = write_speeds(tmp_path / "output", timed)
-    assert "Ratio: teacher's time over this one's. Not timed: 512 tokens, for which one has no positions." in page
+    assert "Ratio: the time of teacher over that of the row. Not timed: 512 tokens, for which a model" in page
     assert (tmp_path / "output" / "speed.md").read_text() == page + "\n"
     kept = json.loads((tmp_path / "output" / "speed.json").read_text())
     assert kept["seconds"] == timed.seconds
@@ -80,4 +80,5 @@ def test_what_was_measured_is_written(models, tmp_path):
 
 def test_lengths_that_no_model_has_positions_for_are_told_before_anything_is_timed(models):
     with pytest.raises(ModelError, match=r"--lengths 512: teacher has positions for 40 tokens\."):
-        speeds(models, lengths=(1024, 512))
+        check_lengths(models, (1024, 512))
+    check_lengths(models, (1024, 40))

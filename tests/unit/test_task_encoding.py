@@ -42,6 +42,12 @@ def test_words_that_are_cut_off_are_counted_and_tagged_as_nothing(tokenizer):
     assert predictions(NAMES, encoded, logits) == [["B-ORG"] * left + ["O"] * (5 - left)]
 
 
+def test_a_word_that_the_tokenizer_makes_nothing_of_is_no_cut(tokenizer):
+    row = {"tokens": ["\u200b", "chat"], "tags": [0, 0]}
+    figures = encode([row], NAMES, tokenizer, max_length=64, stride=1).figures
+    assert (figures["cut_rows"], figures["words_without_token"]) == (0, 1)
+
+
 def test_tags_come_back_in_the_order_of_words(tokenizer):
     rows = [SENTENCE, {"tokens": ["Paris"], "tags": [5]}]
     encoded = encode(rows, NAMES, tokenizer, max_length=64, stride=1)

@@ -142,6 +142,17 @@ def test_published_rows_of_the_hub_are_read_as_they_are(tmp_path, name):
     assert TASKS[name].labels == labels
 
 
+def test_a_split_that_the_hub_calls_dev_is_read_too(tmp_path):
+    """As PhilipMay/stsb_multi_mt does, whose card names its splits."""
+    import datasets
+
+    row = {"sentence1": "a", "sentence2": "b", "similarity_score": 3.8}
+    rows = on_the_hub(tmp_path / "set", [row], split="part", similarity_score=datasets.Value("float64"))
+    split = "configs:\n- config_name: fr\n  data_files:\n  - split: dev\n    path: part.parquet\n"
+    (tmp_path / "set" / "README.md").write_text(f"---\n{split}---\n")
+    assert rows.read(TASKS["stsb_fr"], "dev") == [{"sentence1": "a", "sentence2": "b", "score": 3.8}]
+
+
 @pytest.mark.parametrize("field", ["label", "similarity_score", "score"])
 def test_likeness_is_read_under_the_names_that_the_hub_has_for_it(tmp_path, field):
     """nyu-mll/glue says label, PhilipMay/stsb_multi_mt similarity_score."""
