@@ -55,10 +55,11 @@ def model_folder(name: str, *, what: str = "model", weights: bool = True, pickle
 
 def public_name(name: str) -> str:
     """What a card, which is read elsewhere, calls a model or text: a hub name as it is, of a path the last part."""
-    path = Path(name.removeprefix(HUB_PREFIX).split(":")[0] if name.startswith(HUB_PREFIX) else name).expanduser()
+    plain = name.removeprefix(HUB_PREFIX).split(":")[0] if name.startswith(HUB_PREFIX) else name
+    path = Path(plain).expanduser()
     if path.exists():
         return path.resolve().name
-    return path.name if name.startswith(("/", ".", "~")) else name
+    return path.name if plain.startswith(("/", ".", "~")) else name
 
 
 @cache

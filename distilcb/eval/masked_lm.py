@@ -41,9 +41,9 @@ def evaluate(
     Every figure is a mean over masked words under `maskings` fixed maskings of the same text; its standard error is
     that of the mean over maskings (it says nothing about other texts), of a ratio where they ask for unlike numbers of
     words, as a band's do. Of causal models it is a mean over the words that follow another one, and the text in so
-    many parts gives the standard error. kl is KL(teacher || student) at
-    temperature 1 in nats; agreement is the share of those words where both choose the same. Both models may be of
-    different families; they are left in the mode they came in.
+    many parts gives the standard error. kl is KL(teacher || student) at temperature 1 in nats; agreement is the share
+    of those words where both choose the same. Both models may be of different families; they are left in the mode
+    they came in.
 
     Args:
         student, teacher: language models on `device`, both causal or neither.

@@ -16,6 +16,7 @@ from distilcb.errors import CheckpointError
 from distilcb.export import hugging_face
 from distilcb.export.hugging_face import export_checkpoint, prove, save_recipe_of_model, with_tokenizer_ids
 from distilcb.export.model_card import CardFacts, model_card
+from distilcb.hub import public_name
 from distilcb.models.families import family_of
 from distilcb.train import export as train_export
 from distilcb.train.run_folder import RunFolder
@@ -373,3 +374,10 @@ def test_a_card_is_given_the_runs_name_teacher_tokens_and_the_settings_that_matt
     assert facts.table == ""
     assert facts.settings["optim.global_batch"] == 8
     assert {name.split(".")[0] for name in facts.settings} == {"loss", "masking", "optim", "student"}
+
+
+def test_cards_name_no_folder_of_this_machine(tmp_path):
+    (tmp_path / "text").mkdir()
+    names = [str(tmp_path / "text"), f"hub:{tmp_path}/text:x:train", "/not/here/corpus.txt", "hub:/not/here:x", "a/b"]
+    assert [public_name(name) for name in names] == ["text", "text", "corpus.txt", "here", "a/b"]
+    assert public_name("hub:oscar:fr:train") == "hub:oscar:fr:train"
