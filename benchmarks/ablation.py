@@ -2,7 +2,7 @@
 
 python benchmarks/ablation.py --train fr_train.txt.xz --heldout fr_valid.txt.xz --results docs/results/ablation.json
 
-Each arm differs from the triplet loss (recipes/mini.yaml) in one thing and has the same text, order, masks and steps,
+Each arm differs from the triplet loss (recipes/mini.yaml) as its name says and has the same text, order, masks and steps,
 and as many seeds. The arms of a seed are students of one `launch/train.py --students`, so the teacher reads each batch
 once for all; --together cuts them into groups, for a machine with little memory or time. --results is read before and
 written after each group: what stands there is not done again, on whatever machine it was made; runs that were stopped
@@ -54,8 +54,13 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "temperature 4": {"loss": {"temperature": 4.0}},
     "kl on masked words": {"loss": {"kl_positions": "masked"}},
     "relations too": {"loss": {"relation": 0.3, "relation_heads": 32}},
+    "relations lightly": {"loss": {"relation": 0.03, "relation_heads": 32}},
     "relations for cos": {"loss": {"relation": 0.3, "relation_heads": 32, "cos": 0.0}},
     "kl off in the last quarter": {"loss": {"kl_until": 0.75}},
+    "first layers, kl on masked words": {
+        "student": {"init_layers": [0, 1, 2, 3, 4, 5]},
+        "loss": {"kl_positions": "masked"},
+    },
 }
 PUBLISHED = {"without kl": -2.96, "without cos": -1.46, "without mlm": -0.31, "random layers": -3.69}
 FIGURES = {"kl": "kl (nats)", "agreement": "agreement", "mlm_accuracy": "words right", "mlm_loss": "loss (nats)"}
