@@ -2,11 +2,11 @@
 
 python benchmarks/ablation.py --train fr_train.txt.xz --heldout fr_valid.txt.xz --results docs/results/ablation.json
 
-Each arm differs from the triplet loss (recipes/mini.yaml) as its name says and has the same text, order, masks and steps,
-and as many seeds. The arms of a seed are students of one `launch/train.py --students`, so the teacher reads each batch
-once for all; --together cuts them into groups, for a machine with little memory or time. --results is read before and
-written after each group: what stands there is not done again, on whatever machine it was made; runs that were stopped
-go on where their folders are. --report writes the table as Markdown.
+Each arm differs from the triplet loss (recipes/mini.yaml) as its name says and has the same text, order, masks and
+steps, and as many seeds. The arms of a seed are students of one `launch/train.py --students`, so the teacher reads each
+batch once for all; --together cuts them into groups, for a machine with little memory or time. --results is read before
+and written after each group: what stands there is not done again, on whatever machine it was made; runs that were
+stopped go on where their folders are. --report writes the table as Markdown.
 
 With --equal_time they have not the same steps: arms get as many as the triplet takes time for, by short runs of all of
 them in turn, and train one by one. The steps are kept in --results, so that what is done later has the same.
