@@ -14,6 +14,8 @@ from distilcb.models.families import Family
 from distilcb.watchdog import Place, at
 
 Figures = dict[str, Any]
+Rows = Callable[[slice], Tensor]
+"""(rows, vocab) fp32 logarithms of probabilities, of some of a batch's labelled rows"""
 
 # Columns of the sums that are reduced over ranks.
 _COLUMNS = ("words", "student_nll", "student_right", "teacher_nll", "teacher_right", "kl", "agreement")
@@ -35,6 +37,7 @@ def evaluate(
     device: torch.device,
     interrupted: Callable[[], bool] = lambda: False,
     band_of: Tensor | None = None,
+    answers: Callable[[Batch], Rows] | None = None,
 ) -> dict[str, Figures]:
     """Held-out figures of the student and, where there is one, of the teacher.
 
@@ -52,6 +55,7 @@ def evaluate(
         interrupted: asked before each batch; where one rank is, all end together.
         band_of: (vocab,) int64 on `device`, from 0: the band in which each word counts. Then either's figures have
             "by_band", {band: figures} of those in which a word was asked for.
+        answers: who answers in the student's place, such as its int8: the same vocabulary, on `device`.
 
     Raises:
         InterruptedEvaluation: on every rank.
@@ -67,7 +71,9 @@ def evaluate(
             sums[-1, 0] = 1
             break
         own = sums[number * parts : (number + 1) * parts]
-        own += _batch_sums(student, teacher, family, batch.to(device), band_of, parts)
+        batch = batch.to(device)
+        rows = answers(batch) if answers else _answers(student, family, batch)
+        own += _batch_sums(rows, teacher, family.decoder(student)[0], batch, band_of, parts)
     student.train(was_training)
     at(Place.EVALUATION_SUMS)
     total = all_reduce_sum(sums).cpu()
@@ -90,41 +96,37 @@ def _numbered(batches: HeldoutBatches, maskings: int) -> Iterator[tuple[int, Bat
 
 
 def _batch_sums(
-    student: Any, teacher: Any | None, family: Family, batch: Batch, band_of: Tensor | None, parts: int
+    student: Rows, teacher: Any | None, weight: Tensor, batch: Batch, band_of: Tensor | None, parts: int
 ) -> Tensor:
-    """(parts, columns): the first row is of all words, the others are of each band."""
-    student_rows = _features(student, family, batch)
-    teacher_rows = None if teacher is None else _features(teacher.model, teacher.family, batch)
-    weight, bias = family.decoder(student)
+    """(parts, columns): the first row is of all words, the others are of each band; weight: the decoder's."""
+    teacher_rows = None if teacher is None else _answers(teacher.model, teacher.family, batch)
     chunk = rows_per_chunk(weight.shape[0], weight.device.type, batch.labels.numel())
     sums = torch.zeros(parts, len(_COLUMNS), dtype=torch.float64, device=weight.device)
     for start in range(0, batch.labels.numel(), chunk):
         rows = slice(start, start + chunk)
         labels = batch.labels[rows]
-        student_logs = _log_probs(student_rows[rows], weight, bias)
+        student_logs = student(rows)
         nll, right, choice = _word_scores(student_logs, labels)
         zero = torch.zeros_like(nll)
         scores = [torch.full_like(nll, labels.numel()), nll, right, zero, zero, zero, zero]
-        if teacher is not None and teacher_rows is not None:
-            teacher_logs = _log_probs(teacher_rows[rows], *teacher.family.decoder(teacher.model))
+        if teacher_rows is not None:
+            teacher_logs = teacher_rows(rows)
             scores[3], scores[4], teacher_choice = _word_scores(teacher_logs, labels)
             scores[5] = (teacher_logs.exp() * (teacher_logs - student_logs)).sum()
             scores[6] = (choice == teacher_choice).sum()
         sums[0] += torch.stack([score.double() for score in scores])
         if band_of is not None:
-            each = _own_scores(student_logs, None if teacher is None else teacher_logs, labels)
+            each = _own_scores(student_logs, None if teacher_rows is None else teacher_logs, labels)
             sums[1:].index_add_(0, band_of[labels], each)
     return sums
 
 
-def _features(model: Any, family: Family, batch: Batch) -> Tensor:
+def _answers(model: Any, family: Family, batch: Batch) -> Rows:
     states = family.encode(model, batch.input_ids)
     rows = states.reshape(-1, states.shape[-1]).index_select(0, batch.labelled_rows)
-    return family.head_features(model, rows)
-
-
-def _log_probs(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.log_softmax(torch.nn.functional.linear(features, weight, bias).float(), dim=-1)
+    features = family.head_features(model, rows)
+    weight, bias = family.decoder(model)
+    return lambda some: torch.nn.functional.linear(features[some], weight, bias).float().log_softmax(-1)
 
 
 def _word_scores(log_probs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,8 +4,9 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from numpy.typing import NDArray
 
 from distilcb.config import REPOSITORY
 from distilcb.data.blocks import Blocks, check_fits
-from distilcb.data.loader import fixed_heldout_batches
+from distilcb.data.loader import Batch, fixed_heldout_batches
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import device
 from distilcb.errors import ConfigError, DataError, first_line, writing
-from distilcb.eval.masked_lm import Figures, evaluate
+from distilcb.eval.masked_lm import Figures, Rows, evaluate
 from distilcb.eval.report import NAMES_IN_A_RUN, as_markdown, heldout_tables
+from distilcb.export.onnx import INT8, OnnxModel
 from distilcb.hub import model_folder
 from distilcb.launcher import World
 from distilcb.models.families import family_of
@@ -31,6 +33,8 @@ from distilcb.models.teacher import Teacher
 log = logging.getLogger(__name__)
 
 _TOKENS_A_PASS = 8192
+_TOKENS_A_PASS_INT8 = 1024
+"""fewer: it gives logits of every token and not of those alone that are asked for"""
 _BAND_ENDS = (100, 1_000, 10_000)
 BANDS = ("the 100 most frequent", "100 to 1,000", "1,000 to 10,000", "rarer ones")
 """tokens by how often they are in the held-out text"""
@@ -46,15 +50,17 @@ def evaluate_models(
     cache: Path,
     maskings: int,
     world: World,
+    int8: bool = False,
 ) -> dict[str, Figures]:
     """{model: figures} of masked words of the text, as a run's own evaluation makes them; the teacher's as "teacher".
 
-    A model is called as `names_in_results` says.
+    A model is called as `names_in_results` says. With `int8` each is followed by "model, int8", its quantised export,
+    which answers on the CPU whatever the others are on.
 
     All models must share one tokenizer, or their figures are of different words.
 
     Raises:
-        ConfigError: a model named twice, two tokenizers, or blocks longer than a model's positions.
+        ConfigError: a model named twice, two tokenizers, blocks longer than a model's positions, or no int8 there.
         DataError, ModelError: what is not there or cannot be read.
     """
     if maskings < 2:
@@ -64,6 +70,7 @@ def evaluate_models(
         model_folder(teacher, weights=False)  # a name that is not there is a model's, not a tokenizer's
     for name in [*([teacher] if teacher else []), *models]:
         load_config(name)  # a folder that is no model is told as such, not as one without a tokenizer
+    quantised = {name: _int8_of(name) for name in models} if int8 else {}
     tokenizer = TextTokenizer(teacher or models[0])
     for name in models:
         if TextTokenizer(name).vocabulary.fingerprint != tokenizer.vocabulary.fingerprint:
@@ -73,14 +80,28 @@ def evaluate_models(
             )
     heldout = _heldout(text, tokenizer, cache=cache, seq_len=seq_len, text_field=text_field)
     taught_by = _on_device(Teacher(load_language_model(teacher, dtype=_dtype()))) if teacher else None
+    figures_of = partial(
+        _figures, taught_by=taught_by, heldout=heldout, tokenizer=tokenizer, maskings=maskings, world=world
+    )
     found: dict[str, Figures] = {}
     for name in models:
         model = load_language_model(name, dtype=_dtype()).to(device())
         _check_model(name, model, taught_by, tokenizer, seq_len=seq_len)
-        figures = _figures(name, model, taught_by, heldout, tokenizer, maskings=maskings, world=world)
+        figures = figures_of(name, model)
         found |= {"teacher": figures["teacher"]} if "teacher" in figures else {}
         found[shown[name]] = figures["student"]
+        if name in quantised:
+            found[f"{shown[name]}, int8"] = figures_of(f"{name}, int8", model, int8=quantised[name])["student"]
     return found
+
+
+def _int8_of(name: str) -> OnnxModel:
+    path = model_folder(name) / INT8
+    if not path.is_file():
+        raise ConfigError(
+            f"--int8: {name} has no {INT8}. Make it with `python launch/export.py --model {name} --onnx --int8`."
+        )
+    return OnnxModel(path, threads=torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -125,25 +146,36 @@ def _check_model(name: str, model: Any, taught_by: Teacher | None, tokenizer: Te
 def _figures(
     name: str,
     model: Any,
+    *,
     taught_by: Teacher | None,
     heldout: _Heldout,
     tokenizer: TextTokenizer,
-    *,
     maskings: int,
     world: World,
+    int8: OnnxModel | None = None,
 ) -> dict[str, Figures]:
-    """The model's and its teacher's, of all words, "by_band" and "by_source"."""
+    """The model's and its teacher's, of all words, "by_band" and "by_source"; int8: answers in the model's place."""
     family = family_of(model.config, where=name)
+    at_once = _TOKENS_A_PASS if int8 is None else _TOKENS_A_PASS_INT8
 
     def of(blocks: Blocks, band_of: torch.Tensor | None = None) -> dict[str, Figures]:
         batches = fixed_heldout_batches(
             blocks,
             tokenizer.vocabulary,
-            micro_batch=max(1, _TOKENS_A_PASS // blocks.seq_len),
+            micro_batch=max(1, at_once // blocks.seq_len),
             rank=world.rank,
             world_size=world.size,
         )
-        return evaluate(model, taught_by, family, batches, maskings=maskings, device=device(), band_of=band_of)
+        return evaluate(
+            model,
+            taught_by,
+            family,
+            batches,
+            maskings=maskings,
+            device=device(),
+            band_of=band_of,
+            answers=None if int8 is None else _answers_of(int8),
+        )
 
     how = "in %d parts; launch/perplexity.py scores running text" if family.causal else "under %d maskings"
     log.info(f"%s: %d blocks of %d tokens {how}", name, len(heldout.whole), heldout.whole.seq_len, maskings)
@@ -154,6 +186,15 @@ def _figures(
         for who, part in of(blocks).items():
             found[who].setdefault("by_source", {})[source] = part
     return found
+
+
+def _answers_of(onnx: OnnxModel) -> Callable[[Batch], Rows]:
+    def answers(batch: Batch) -> Rows:
+        logits = onnx.run(batch.input_ids.cpu())[0].flatten(0, 1).to(batch.labels.device)
+        asked = logits.index_select(0, batch.labelled_rows)
+        return lambda some: asked[some].log_softmax(-1)
+
+    return answers
 
 
 def frequency_bands(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -22,7 +22,7 @@ _OF_TASKS = (
     *("data", "zero_shot", "seeds", "split", "by_length", "train_rows"),
     *("epochs", "lr", "batch", "warmup", "max_length", "stride"),
 )
-_OF_TEXT = ("seq_len", "text_field", "maskings")
+_OF_TEXT = ("seq_len", "text_field", "maskings", "int8")
 _DEFAULTS: dict[str, Any] = {"epochs": 3.0, "lr": 5e-5, "batch": 8, "warmup": 0.0, "stride": 128}
 _TEXT_DEFAULTS: dict[str, Any] = {"seq_len": 128, "text_field": "text", "maskings": 8}
 
@@ -38,6 +38,7 @@ def parser_of(description: str | None) -> Parser:
     text.add_argument("--seq_len", type=number(8, 65_536), help="tokens in a block (default: 128)")
     text.add_argument("--text_field", help="the text's name in .jsonl and .parquet (default: text)")
     text.add_argument("--maskings", type=number(2), help="fixed maskings to average over (default: 8)")
+    text.add_argument("--int8", action="store_true", help="each MODEL's quantised export (launch/export.py) beside it")
     tasks = parser.add_argument_group("labelled tasks, in place of text unless --heldout is given too")
     tasks.add_argument(
         "--tasks",

@@ -3,6 +3,7 @@
 import copy
 import math
 import statistics
+import types
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from distilcb.data.tokenizer import Vocabulary, load_tokenizer
 from distilcb.eval import masked_lm
 from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import evaluate
-from distilcb.eval.models import frequency_bands
+from distilcb.eval.models import _answers_of, frequency_bands
+from distilcb.export.onnx import INT8, OnnxModel, export_onnx
 from distilcb.losses import head
 from distilcb.models.families import family_of
 from distilcb.models.loading import load_language_model
@@ -340,3 +342,21 @@ def test_words_are_banded_by_how_often_they_are_there():
     bands = frequency_bands(counts)
     assert (bands[3], bands[7], bands[500], bands[597], bands[598], bands[1699]) == (0, 0, 0, 0, 1, 2)
     assert np.bincount(bands).tolist() == [100, 900, 9_000, 10_000]
+
+
+def test_int8_answers_in_its_models_place(student, teacher, tmp_path):
+    """Its figures are those of its own logits, beside the teacher's, and not the model's."""
+    student.save_pretrained(tmp_path)
+    export_onnx(tmp_path, int8=True)
+    small = OnnxModel(tmp_path / INT8)
+    family = family_of(student.config, where="student")
+    found = evaluate(student, teacher, family, heldout(), maskings=3, device=CPU, answers=_answers_of(small))["student"]
+
+    class Quantised:
+        def __call__(self, ids):
+            return types.SimpleNamespace(logits=small.run(ids)[0])
+
+    values = plain_figures(Quantised(), teacher.model, heldout(), 3)
+    for name in ("mlm_loss", "mlm_accuracy", "kl", "agreement"):
+        assert found[name] == pytest.approx(statistics.mean(values[name]), rel=1e-5)
+    assert found["mlm_loss"] != run(student, teacher, heldout())["student"]["mlm_loss"]
