@@ -13,6 +13,7 @@ from distilcb.config import DEFAULT_RECIPE
 
 pytestmark = pytest.mark.launch
 
+TEACHER = str(DEFAULT_RECIPE.parent / "mini" / "teacher")
 SENTENCE = "La jeune <mask> se mit à pleurer."
 
 
@@ -162,7 +163,7 @@ def test_an_export_of_nothing_says_what_is_needed(commands, tmp_path):
 
 
 def test_a_student_is_exported_as_onnx_beside_its_weights(commands, finished, tmp_path):
-    """And named again as a model, it gets int8 too."""
+    """And named again as a model, it gets int8 too, whose worth on held-out text stands beside the model's."""
     output = tmp_path / "student"
     ended = commands.python("export", finished, "--output", output, "--onnx")
     assert ended.returncode == 0, ended.stderr
@@ -174,6 +175,15 @@ def test_a_student_is_exported_as_onnx_beside_its_weights(commands, finished, tm
     assert "student, int8" in again.stdout
     sizes = [(output / "onnx" / name).stat().st_size for name in ("model.onnx", "model_int8.onnx")]
     assert sizes[1] < 0.5 * sizes[0]
+    words = [output, "--teacher", TEACHER, "--int8", "--maskings", "2", "--output", tmp_path / "evaluation"]
+    evaluated = commands.python("evaluate", *words)
+    assert evaluated.returncode == 0, evaluated.stderr
+    found = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert found["settings"]["int8"] is True
+    plain, small = (found["heldout"][f"{output}{kind}"] for kind in ("", ", int8"))
+    assert f"{output}, int8" in evaluated.stdout
+    assert 0 < abs(small["mlm_loss"] - plain["mlm_loss"]) < 0.05
+    assert small["by_band"].keys() == plain["by_band"].keys()
 
 
 @pytest.mark.parametrize(
