@@ -50,6 +50,8 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "first of pairs": {"student": {"init_layers": "first_of_pairs"}},
     "last of pairs": {"student": {"init_layers": "last_of_pairs"}},
     "first layers": {"student": {"init_layers": [0, 1, 2, 3, 4, 5]}},
+    "last layers": {"student": {"init_layers": [6, 7, 8, 9, 10, 11]}},
+    "first and last three": {"student": {"init_layers": [0, 1, 2, 9, 10, 11]}},
     "temperature 1": {"loss": {"temperature": 1.0}},
     "temperature 4": {"loss": {"temperature": 4.0}},
     "kl on masked words": {"loss": {"kl_positions": "masked"}},

@@ -3,11 +3,13 @@
 import re
 
 import pytest
+import torch
 import yaml
 
 from distilcb.command_line import parse_command_line
 from distilcb.config import DEFAULT_RECIPE, REPOSITORY, flatten, to_plain
 from distilcb.errors import ConfigError
+from distilcb.models.loading import load_language_model
 from distilcb.recipe import load_recipe
 
 RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
@@ -73,6 +75,20 @@ def test_the_default_recipe_needs_no_network():
     config = load_recipe(DEFAULT_RECIPE)
     for name in (config.teacher.model, *config.data.train, *config.data.heldout):
         assert str(name).startswith(str(DEFAULT_RECIPE.parent))
+
+
+def test_the_mini_teachers_layers_are_copies_of_three_which_the_better_recipe_takes_in_their_order():
+    teacher = load_language_model(str(DEFAULT_RECIPE.parent / "mini" / "teacher"), dtype=torch.float32)
+    layers = [
+        torch.cat([each.detach().flatten() for each in layer.parameters() if each.dim() == 2])
+        for layer in teacher.roberta.encoder.layer
+    ]
+    for one, ours in enumerate(layers):
+        for other, theirs in enumerate(layers):
+            alike = torch.cosine_similarity(ours, theirs, dim=0)
+            assert alike > 0.8 if (one - other) % 3 == 0 else alike < 0.1, (one, other)
+    taken = load_recipe(DEFAULT_RECIPE.parent / "mini_better.yaml").student.init_layers
+    assert [layer % 3 for layer in taken] == [0, 1, 2, 0, 1, 2]
 
 
 def test_an_unmarked_value_is_found():
