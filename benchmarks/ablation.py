@@ -59,7 +59,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "relations lightly": {"loss": {"relation": 0.03, "relation_heads": 32}},
     "relations for cos": {"loss": {"relation": 0.3, "relation_heads": 32, "cos": 0.0}},
     "kl off in the last quarter": {"loss": {"kl_until": 0.75}},
-    "first layers, kl on masked words": {
+    "first layers and kl on masked words": {
         "student": {"init_layers": [0, 1, 2, 3, 4, 5]},
         "loss": {"kl_positions": "masked"},
     },

@@ -49,8 +49,12 @@ def size_cpu_threads(world: World) -> None:
     import torch
 
     if "OMP_NUM_THREADS" not in os.environ:
-        # Where the local size is unknown, all ranks may be here.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // (world.local_size or world.size)))
+        torch.set_num_threads(cores_a_rank(world))
+
+
+def cores_a_rank(world: World) -> int:
+    """How many of this machine's cores are for each of its ranks; where the local size is unknown, all may be here."""
+    return max(1, len(os.sched_getaffinity(0)) // (world.local_size or world.size))
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ def evaluate(
     was_training = student.training
     student.eval()
     parts = 1 + (0 if band_of is None else int(band_of.max()) + 1)  # all words, then each band
+    asked = answers or partial(_answers, student, family)
+    words = family.decoder(student)[0].shape[0]
     # One row more, whose first column counts the ranks that were interrupted.
     sums = torch.zeros(maskings * parts + 1, len(_COLUMNS), dtype=torch.float64, device=device)
     for number, batch in _numbered(batches, maskings):
@@ -71,9 +74,7 @@ def evaluate(
             sums[-1, 0] = 1
             break
         own = sums[number * parts : (number + 1) * parts]
-        batch = batch.to(device)
-        rows = answers(batch) if answers else _answers(student, family, batch)
-        own += _batch_sums(rows, teacher, family.decoder(student)[0], batch, band_of, parts)
+        own += _batch_sums(asked, words, teacher, batch.to(device), band_of, parts)
     student.train(was_training)
     at(Place.EVALUATION_SUMS)
     total = all_reduce_sum(sums).cpu()
@@ -96,16 +97,22 @@ def _numbered(batches: HeldoutBatches, maskings: int) -> Iterator[tuple[int, Bat
 
 
 def _batch_sums(
-    student: Rows, teacher: Any | None, weight: Tensor, batch: Batch, band_of: Tensor | None, parts: int
+    answers: Callable[[Batch], Rows],
+    vocab_size: int,
+    teacher: Any | None,
+    batch: Batch,
+    band_of: Tensor | None,
+    parts: int,
 ) -> Tensor:
-    """(parts, columns): the first row is of all words, the others are of each band; weight: the decoder's."""
+    """(parts, columns): the first row is of all words, the others are of each band; answers: the student's."""
+    student_rows, device = answers(batch), batch.labels.device
     teacher_rows = None if teacher is None else _answers(teacher.model, teacher.family, batch)
-    chunk = rows_per_chunk(weight.shape[0], weight.device.type, batch.labels.numel())
-    sums = torch.zeros(parts, len(_COLUMNS), dtype=torch.float64, device=weight.device)
+    chunk = rows_per_chunk(vocab_size, device.type, batch.labels.numel())
+    sums = torch.zeros(parts, len(_COLUMNS), dtype=torch.float64, device=device)
     for start in range(0, batch.labels.numel(), chunk):
         rows = slice(start, start + chunk)
         labels = batch.labels[rows]
-        student_logs = student(rows)
+        student_logs = student_rows(rows)
         nll, right, choice = _word_scores(student_logs, labels)
         zero = torch.zeros_like(nll)
         scores = [torch.full_like(nll, labels.numel()), nll, right, zero, zero, zero, zero]

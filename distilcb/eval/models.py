@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from distilcb.data.loader import Batch, fixed_heldout_batches
 from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.distributed import device
-from distilcb.errors import ConfigError, DataError, first_line, writing
+from distilcb.errors import ConfigError, DataError, ModelError, first_line, writing
 from distilcb.eval.masked_lm import Figures, Rows, evaluate
 from distilcb.eval.report import NAMES_IN_A_RUN, as_markdown, heldout_tables
 from distilcb.export.onnx import INT8, OnnxModel
 from distilcb.hub import model_folder
 from distilcb.launcher import World
+from distilcb.machine import cores_a_rank
 from distilcb.models.families import family_of
 from distilcb.models.loading import load_config, load_language_model
 from distilcb.models.teacher import Teacher
@@ -33,8 +35,8 @@ from distilcb.models.teacher import Teacher
 log = logging.getLogger(__name__)
 
 _TOKENS_A_PASS = 8192
-_TOKENS_A_PASS_INT8 = 1024
-"""fewer: it gives logits of every token and not of those alone that are asked for"""
+_TOKENS_A_BATCH_INT8 = 1024
+"""fewer: its logits of all words that a batch asks for are there at once"""
 _BAND_ENDS = (100, 1_000, 10_000)
 BANDS = ("the 100 most frequent", "100 to 1,000", "1,000 to 10,000", "rarer ones")
 """tokens by how often they are in the held-out text"""
@@ -55,7 +57,8 @@ def evaluate_models(
     """{model: figures} of masked words of the text, as a run's own evaluation makes them; the teacher's as "teacher".
 
     A model is called as `names_in_results` says. With `int8` each is followed by "model, int8", its quantised export,
-    which answers on the CPU whatever the others are on.
+    which answers on the CPU whatever the others are on, a block at a time as it would one text: its activations are
+    scaled by the largest of a pass, so beside other blocks it would say something else.
 
     All models must share one tokenizer, or their figures are of different words.
 
@@ -70,7 +73,8 @@ def evaluate_models(
         model_folder(teacher, weights=False)  # a name that is not there is a model's, not a tokenizer's
     for name in [*([teacher] if teacher else []), *models]:
         load_config(name)  # a folder that is no model is told as such, not as one without a tokenizer
-    quantised = {name: _int8_of(name) for name in models} if int8 else {}
+    if int8:
+        check_int8(models)
     tokenizer = TextTokenizer(teacher or models[0])
     for name in models:
         if TextTokenizer(name).vocabulary.fingerprint != tokenizer.vocabulary.fingerprint:
@@ -90,18 +94,38 @@ def evaluate_models(
         figures = figures_of(name, model)
         found |= {"teacher": figures["teacher"]} if "teacher" in figures else {}
         found[shown[name]] = figures["student"]
-        if name in quantised:
-            found[f"{shown[name]}, int8"] = figures_of(f"{name}, int8", model, int8=quantised[name])["student"]
+        if int8:
+            threads = cores_a_rank(world) if device().type == "cuda" else torch.get_num_threads()
+            small = OnnxModel(model_folder(name, weights=False) / INT8, threads=threads)
+            found[f"{shown[name]}, int8"] = figures_of(f"{name}, int8", model, int8=small)["student"]
     return found
 
 
-def _int8_of(name: str) -> OnnxModel:
-    path = model_folder(name) / INT8
-    if not path.is_file():
+def check_int8(models: Sequence[str]) -> None:
+    """Each model's quantised export is there, and gives logits of its vocabulary.
+
+    Raises:
+        ConfigError: those that have none, all in one message; no onnxruntime; or one whose figures would stand under
+            another model's name.
+        ModelError: a file that is something else.
+    """
+    shown = names_in_results(models)
+    if double := {f"{name}, int8" for name in shown.values()} & {*shown.values()}:
+        raise ConfigError(f"--int8: {min(double)} is a model of its own too. Name its folder in another way.")
+    paths = {name: model_folder(name, weights=False) / INT8 for name in models}
+    if missing := [name for name, path in paths.items() if not path.is_file()]:
         raise ConfigError(
-            f"--int8: {name} has no {INT8}. Make it with `python launch/export.py --model {name} --onnx --int8`."
+            f"--int8: {' and '.join(missing)}: no {INT8} there (from the hub none is fetched). Make it in a folder of "
+            "the model with `python launch/export.py --model FOLDER --onnx --int8`."
         )
-    return OnnxModel(path, threads=torch.get_num_threads())
+    for name, path in paths.items():
+        (logits, *_) = OnnxModel(path).run(torch.full((1, 8), 9))
+        words = load_config(name).vocab_size
+        if logits.shape != (1, 8, words):
+            raise ModelError(
+                f"{path} gives {tuple(logits.shape)} of 8 tokens, needed (1, 8, {words}): logits of the vocabulary. "
+                "Export it again."
+            )
 
 
 @dataclass(frozen=True)
@@ -156,7 +180,7 @@ def _figures(
 ) -> dict[str, Figures]:
     """The model's and its teacher's, of all words, "by_band" and "by_source"; int8: answers in the model's place."""
     family = family_of(model.config, where=name)
-    at_once = _TOKENS_A_PASS if int8 is None else _TOKENS_A_PASS_INT8
+    at_once = _TOKENS_A_PASS if int8 is None else _TOKENS_A_BATCH_INT8
 
     def of(blocks: Blocks, band_of: torch.Tensor | None = None) -> dict[str, Figures]:
         batches = fixed_heldout_batches(
@@ -190,8 +214,14 @@ def _figures(
 
 def _answers_of(onnx: OnnxModel) -> Callable[[Batch], Rows]:
     def answers(batch: Batch) -> Rows:
-        logits = onnx.run(batch.input_ids.cpu())[0].flatten(0, 1).to(batch.labels.device)
-        asked = logits.index_select(0, batch.labelled_rows)
+        ids, rows = batch.input_ids.cpu(), batch.labelled_rows.cpu()
+        length = ids.shape[1]
+        of_block = [rows // length == number for number in range(len(ids))]
+        parts = [onnx.run(ids[[number]])[0][0, rows[own] % length] for number, own in enumerate(of_block)]
+        asked = torch.empty(len(rows), parts[0].shape[-1])
+        for own, logits in zip(of_block, parts, strict=True):
+            asked[own] = logits
+        asked = asked.to(batch.labels.device)
         return lambda some: asked[some].log_softmax(-1)
 
     return answers
@@ -226,7 +256,10 @@ def write_results(output: Path, figures: dict[str, Figures], settings: dict[str,
     Raises:
         DataError: a folder that cannot be written to.
     """
-    where = {"host": platform.node(), "torch": torch.__version__, "device": str(device()), "dtype": str(_dtype())}
+    where: dict[str, Any] = {"host": platform.node(), "torch": torch.__version__}
+    where |= {"device": str(device()), "dtype": str(_dtype())}
+    if settings.get("int8"):
+        where["int8"] = {"device": "cpu", "onnxruntime": version("onnxruntime")}
     made = {"made": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "settings": settings, "where": where}
     with writing(output, DataError, "Name a folder that can be written to."):
         output.mkdir(parents=True, exist_ok=True)

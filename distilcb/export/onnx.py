@@ -44,6 +44,7 @@ class OnnxModel:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # beside others that are timed
         if threads:
             options.intra_op_num_threads = threads
+        self._path = path
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions have no common class but this one
@@ -55,6 +56,9 @@ class OnnxModel:
         Args:
             seen: 0 where there is padding, as transformers' attention_mask.
             segments: transformers' token_type_ids, for models that know several; None: the first one.
+
+        Raises:
+            ModelError: a file that wants other inputs.
         """
         values = (
             ids,
@@ -63,7 +67,10 @@ class OnnxModel:
         )
         known = {each.name for each in self._session.get_inputs()}
         feed = {name: value.numpy() for name, value in zip(_INPUTS, values, strict=True) if name in known}
-        return [torch.from_numpy(each) for each in self._session.run(None, feed)]
+        try:
+            return [torch.from_numpy(each) for each in self._session.run(None, feed)]
+        except Exception as error:  # as above
+            raise ModelError(f"{self._path} cannot be run ({first_line(error)}). Export it again.") from error
 
 
 def export_onnx(folder: Path, *, int8: bool) -> dict[str, Any]:

@@ -137,6 +137,10 @@ def run(options: argparse.Namespace) -> None:
         _check_cards(options)
     if options.lengths:
         _check_lengths(options)
+    if options.int8:
+        from distilcb.eval.models import check_int8
+
+        check_int8(options.models)
     # What is kept piece by piece comes first, so that a job that is stopped in it repeats nothing else.
     made = _evaluate_tasks(options) if options.tasks else None
     if _text_is_wanted(options):

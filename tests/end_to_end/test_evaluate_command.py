@@ -79,7 +79,7 @@ def test_models_of_different_tokenizers_are_refused(commands, tmp_path, finished
         ([TEACHER, "--maskings", "1"], "argument --maskings: came 1, needed a whole number, 2 or more"),
         ([TEACHER, "--seq_len", "4000"], "has positions for"),
         ([TEACHER, "--heldout", "missing.txt"], "missing.txt"),
-        ([TEACHER, "--int8"], f"--int8: {TEACHER} has no onnx/model_int8.onnx. Make it with"),
+        ([TEACHER, "--int8"], f"--int8: {TEACHER}: no onnx/model_int8.onnx there"),
         ([TEACHER, "--speed", "--int8"], "--int8 is of held-out text: name it with --heldout"),
     ],
 )

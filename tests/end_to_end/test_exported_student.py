@@ -183,7 +183,8 @@ def test_a_student_is_exported_as_onnx_beside_its_weights(commands, finished, tm
     plain, small = (found["heldout"][f"{output}{kind}"] for kind in ("", ", int8"))
     assert f"{output}, int8" in evaluated.stdout
     assert 0 < abs(small["mlm_loss"] - plain["mlm_loss"]) < 0.05
-    assert small["by_band"].keys() == plain["by_band"].keys()
+    for band, of_words in plain["by_band"].items():
+        assert 0 < abs(small["by_band"][band]["mlm_loss"] - of_words["mlm_loss"]) < 0.1
 
 
 @pytest.mark.parametrize(

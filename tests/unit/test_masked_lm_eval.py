@@ -13,10 +13,11 @@ from distilcb.config import MaskingConfig
 from distilcb.data.loader import Batch, HeldoutBatches
 from distilcb.data.masking import Masking
 from distilcb.data.tokenizer import Vocabulary, load_tokenizer
+from distilcb.errors import ConfigError, ModelError
 from distilcb.eval import masked_lm
 from distilcb.eval.fill_mask import as_lines, fill_masks
 from distilcb.eval.masked_lm import evaluate
-from distilcb.eval.models import _answers_of, frequency_bands
+from distilcb.eval.models import _answers_of, check_int8, frequency_bands
 from distilcb.export.onnx import INT8, OnnxModel, export_onnx
 from distilcb.losses import head
 from distilcb.models.families import family_of
@@ -344,19 +345,61 @@ def test_words_are_banded_by_how_often_they_are_there():
     assert np.bincount(bands).tolist() == [100, 900, 9_000, 10_000]
 
 
-def test_int8_answers_in_its_models_place(student, teacher, tmp_path):
-    """Its figures are those of its own logits, beside the teacher's, and not the model's."""
+@pytest.fixture
+def quantised(student, tmp_path):
     student.save_pretrained(tmp_path)
     export_onnx(tmp_path, int8=True)
-    small = OnnxModel(tmp_path / INT8)
-    family = family_of(student.config, where="student")
-    found = evaluate(student, teacher, family, heldout(), maskings=3, device=CPU, answers=_answers_of(small))["student"]
+    return OnnxModel(tmp_path / INT8)
 
-    class Quantised:
-        def __call__(self, ids):
-            return types.SimpleNamespace(logits=small.run(ids)[0])
 
-    values = plain_figures(Quantised(), teacher.model, heldout(), 3)
+def run_quantised(quantised, model, teacher, batches):
+    family = family_of(model.config, where="student")
+    answers = _answers_of(quantised)
+    return evaluate(model, teacher, family, batches, maskings=3, device=CPU, answers=answers)["student"]
+
+
+def test_int8_answers_in_its_models_place(student, teacher, quantised):
+    """Its figures are those of its own logits of each block, beside the teacher's, and not the model's."""
+
+    def of_each_block(ids):
+        return types.SimpleNamespace(logits=torch.cat([quantised.run(block)[0] for block in ids.split(1)]))
+
+    found = run_quantised(quantised, student, teacher, heldout())
+    values = plain_figures(of_each_block, teacher.model, heldout(), 3)
     for name in ("mlm_loss", "mlm_accuracy", "kl", "agreement"):
         assert found[name] == pytest.approx(statistics.mean(values[name]), rel=1e-5)
     assert found["mlm_loss"] != run(student, teacher, heldout())["student"]["mlm_loss"]
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7])
+def test_int8s_figures_do_not_depend_on_the_micro_batch(student, quantised, micro_batch):
+    one, other = (run_quantised(quantised, student, None, heldout(micro_batch=size)) for size in (3, micro_batch))
+    assert one["mlm_loss"] == pytest.approx(other["mlm_loss"], rel=1e-9)
+
+
+def test_int8_of_a_causal_model_is_asked_for_the_next_words(tiny_model, tmp_path):
+    model = tiny_model("gpt2", layers=2, seed=1)
+    model.save_pretrained(tmp_path)
+    export_onnx(tmp_path, int8=True)
+    ids = torch.randint(5, VOCAB, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    asked = torch.tensor([0, 5, LENGTH + 2, 3 * LENGTH - 2])
+    batch = Batch(ids, ids.flatten()[asked + 1], asked, torch.tensor([], dtype=torch.int64))
+    small = OnnxModel(tmp_path / INT8)
+    expected = torch.stack([small.run(ids[[row // LENGTH]])[0][0, row % LENGTH] for row in asked])
+    torch.testing.assert_close(_answers_of(small)(batch)(slice(0, 4)), expected.log_softmax(-1))
+
+
+def test_models_without_int8_are_told_together_and_what_is_none_of_theirs_is_refused(tiny_model, tmp_path):
+    names = []
+    for name in ("a", "b", "a, int8"):
+        tiny_model("camembert", layers=1).save_pretrained(tmp_path / name)
+        names.append(str(tmp_path / name))
+    with pytest.raises(ConfigError, match=f"--int8: {names[0]} and {names[1]}: no onnx/model_int8.onnx there"):
+        check_int8(names[:2])
+    with pytest.raises(ConfigError, match="a, int8 is a model of its own too"):
+        check_int8(names)
+    export_onnx(tmp_path / "a", int8=True)
+    check_int8(names[:1])
+    tiny_model("camembert", layers=1, vocab_size=90).save_pretrained(tmp_path / "a")
+    with pytest.raises(ModelError, match=r"gives \(1, 8, 101\) of 8 tokens, needed \(1, 8, 90\)"):
+        check_int8(names[:1])

@@ -87,8 +87,16 @@ def test_the_mini_teachers_layers_are_copies_of_three_which_the_better_recipe_ta
         for other, theirs in enumerate(layers):
             alike = torch.cosine_similarity(ours, theirs, dim=0)
             assert alike > 0.8 if (one - other) % 3 == 0 else alike < 0.1, (one, other)
-    taken = load_recipe(DEFAULT_RECIPE.parent / "mini_better.yaml").student.init_layers
-    assert [layer % 3 for layer in taken] == [0, 1, 2, 0, 1, 2]
+    better = load_recipe(DEFAULT_RECIPE.parent / "mini_better.yaml")
+    assert [layer % 3 for layer in better.student.init_layers] == [0, 1, 2, 0, 1, 2]
+
+
+def test_the_better_recipe_is_the_default_with_two_changes():
+    default, better = (
+        flatten(to_plain(load_recipe(path))) for path in (DEFAULT_RECIPE, DEFAULT_RECIPE.parent / "mini_better.yaml")
+    )
+    changed = {name for name in default | better if default.get(name) != better.get(name)}
+    assert changed == {"student.init_layers", "loss.kl_positions"}
 
 
 def test_an_unmarked_value_is_found():
