@@ -374,7 +374,7 @@ def test_int8_answers_in_its_models_place(student, teacher, quantised):
 @pytest.mark.parametrize("micro_batch", [1, 7])
 def test_int8s_figures_do_not_depend_on_the_micro_batch(student, quantised, micro_batch):
     one, other = (run_quantised(quantised, student, None, heldout(micro_batch=size)) for size in (3, micro_batch))
-    assert one["mlm_loss"] == pytest.approx(other["mlm_loss"], rel=1e-9)
+    assert one["mlm_loss"] == pytest.approx(other["mlm_loss"], rel=1e-7)
 
 
 def test_int8_of_a_causal_model_is_asked_for_the_next_words(tiny_model, tmp_path):
@@ -385,7 +385,8 @@ def test_int8_of_a_causal_model_is_asked_for_the_next_words(tiny_model, tmp_path
     asked = torch.tensor([0, 5, LENGTH + 2, 3 * LENGTH - 2])
     batch = Batch(ids, ids.flatten()[asked + 1], asked, torch.tensor([], dtype=torch.int64))
     small = OnnxModel(tmp_path / INT8)
-    expected = torch.stack([small.run(ids[[row // LENGTH]])[0][0, row % LENGTH] for row in asked])
+    places = [divmod(row, LENGTH) for row in asked.tolist()]
+    expected = torch.stack([small.run(ids[block : block + 1])[0][0, place] for block, place in places])
     torch.testing.assert_close(_answers_of(small)(batch)(slice(0, 4)), expected.log_softmax(-1))
 
 
