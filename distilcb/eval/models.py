@@ -57,13 +57,13 @@ def evaluate_models(
     """{model: figures} of masked words of the text, as a run's own evaluation makes them; the teacher's as "teacher".
 
     A model is called as `names_in_results` says. With `int8` each is followed by "model, int8", its quantised export,
-    which answers on the CPU whatever the others are on, a block at a time as it would one text: its activations are
-    scaled by the largest of a pass, so beside other blocks it would say something else.
+    which `check_int8` has looked at. That answers on the CPU whatever the others are on, and a block at a time, as it
+    would one text: its activations are scaled by the largest of a pass, so beside other blocks it says something else.
 
     All models must share one tokenizer, or their figures are of different words.
 
     Raises:
-        ConfigError: a model named twice, two tokenizers, blocks longer than a model's positions, or no int8 there.
+        ConfigError: a model named twice, two tokenizers, or blocks longer than a model's positions.
         DataError, ModelError: what is not there or cannot be read.
     """
     if maskings < 2:
@@ -73,8 +73,6 @@ def evaluate_models(
         model_folder(teacher, weights=False)  # a name that is not there is a model's, not a tokenizer's
     for name in [*([teacher] if teacher else []), *models]:
         load_config(name)  # a folder that is no model is told as such, not as one without a tokenizer
-    if int8:
-        check_int8(models)
     tokenizer = TextTokenizer(teacher or models[0])
     for name in models:
         if TextTokenizer(name).vocabulary.fingerprint != tokenizer.vocabulary.fingerprint:

@@ -58,7 +58,7 @@ class OnnxModel:
             segments: transformers' token_type_ids, for models that know several; None: the first one.
 
         Raises:
-            ModelError: a file that wants other inputs.
+            ModelError: a file that wants other inputs, or more memory than there is.
         """
         values = (
             ids,
@@ -70,7 +70,10 @@ class OnnxModel:
         try:
             return [torch.from_numpy(each) for each in self._session.run(None, feed)]
         except Exception as error:  # as above
-            raise ModelError(f"{self._path} cannot be run ({first_line(error)}). Export it again.") from error
+            raise ModelError(
+                f"{self._path} cannot be run on {len(ids)} x {ids.shape[-1]} tokens ({first_line(error)}). If "
+                "launch/export.py did not make it, export it again; where memory ran out, ask for less at once."
+            ) from error
 
 
 def export_onnx(folder: Path, *, int8: bool) -> dict[str, Any]:

@@ -181,3 +181,10 @@ def test_a_folder_that_lacks_its_head_is_told(folder):
     config.save_pretrained(where)
     with pytest.raises(ModelError, match=r"lacks .* weights of a CamembertForSequenceClassification, first classifier"):
         load_any_model(str(where))
+
+
+def test_a_file_that_wants_other_inputs_is_told(folder):
+    where = folder()
+    export_onnx(where, int8=False)
+    with pytest.raises(ModelError, match=r"model\.onnx cannot be run on 1 x 3 tokens \(.*export it again"):
+        OnnxModel(where / ONNX).run(torch.ones(1, 3))
