@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from distilcb.data.prepare import prepare_cached
 from distilcb.data.tokenizer import TextTokenizer
 from distilcb.errors import TrainingError
 
-HIDDEN, HEADS, INNER, LAYERS, VOCABULARY = 64, 4, 256, 4, 1000
+HEADS, LAYERS = 4, 4
 TOKENS_A_STEP = 4096
 _TOKENIZER_DOCUMENTS = 1500
 BERT_WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -38,12 +39,15 @@ ROBERTA_WORDS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 @dataclass(frozen=True)
 class Kind:
-    """What a family's teacher is made of. tokenizer: writes one for these documents into a folder."""
+    """What a family's teacher is made of. tokenizer: writes one of so many pieces for these documents into a folder."""
 
     model_type: str
-    tokenizer: Callable[[Sequence[str], Path], None]
+    tokenizer: Callable[[Sequence[str], Path, int], None]
     languages: tuple[str, ...] = ("en",)
     more: tuple[tuple[str, Any], ...] = ()
+    hidden: int = 64
+    vocabulary: int = 1000
+    positions: int | None = None  # None: those of seq_len
 
     @property
     def causal(self) -> bool:
@@ -55,59 +59,45 @@ class Kind:
         return 32 if self.causal else 8
 
 
-def word_pieces(documents: Sequence[str], folder: Path, *, lowercase: bool) -> None:
+def word_pieces(documents: Sequence[str], folder: Path, size: int, *, lowercase: bool) -> None:
     """BERT's."""
     from tokenizers import BertWordPieceTokenizer
     from transformers import BertTokenizer
 
     made = BertWordPieceTokenizer(lowercase=lowercase)
-    made.train_from_iterator(documents, vocab_size=VOCABULARY, special_tokens=BERT_WORDS, show_progress=False)
+    made.train_from_iterator(documents, vocab_size=size, special_tokens=BERT_WORDS, show_progress=False)
     BertTokenizer(vocab=made.get_vocab(), do_lower_case=lowercase).save_pretrained(folder)
 
 
-def byte_pairs(documents: Sequence[str], folder: Path, *, causal: bool) -> None:
+def byte_pairs(documents: Sequence[str], folder: Path, size: int, *, causal: bool) -> None:
     """RoBERTa's and GPT-2's."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Tokenizer, RobertaTokenizer
 
     special = ["<|endoftext|>"] if causal else ROBERTA_WORDS
     made = ByteLevelBPETokenizer()
-    made.train_from_iterator(documents, vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    made.train_from_iterator(documents, vocab_size=size, special_tokens=special, show_progress=False)
     facts = json.loads(made.to_str())["model"]
     merges = [tuple(pair) for pair in facts["merges"]]
     (GPT2Tokenizer if causal else RobertaTokenizer)(vocab=facts["vocab"], merges=merges).save_pretrained(folder)
 
 
-def sentence_pieces(documents: Sequence[str], folder: Path) -> None:
+def sentence_pieces(documents: Sequence[str], folder: Path, size: int) -> None:
     """XLM-RoBERTa's, as it lies on the hub: SentencePiece's own file."""
     from sentencepiece import SentencePieceTrainer
 
     SentencePieceTrainer.train(
         sentence_iterator=iter(documents),
         model_prefix=str(folder / "sentencepiece.bpe"),
-        vocab_size=VOCABULARY,
+        vocab_size=size,
         character_coverage=0.9995,
         minloglevel=2,
     )
     (folder / "sentencepiece.bpe.vocab").unlink()
 
 
-def cased(documents: Sequence[str], folder: Path) -> None:
-    word_pieces(documents, folder, lowercase=False)
-
-
-def uncased(documents: Sequence[str], folder: Path) -> None:
-    word_pieces(documents, folder, lowercase=True)
-
-
-def encoder_bytes(documents: Sequence[str], folder: Path) -> None:
-    byte_pairs(documents, folder, causal=False)
-
-
-def causal_bytes(documents: Sequence[str], folder: Path) -> None:
-    byte_pairs(documents, folder, causal=True)
-
-
+cased, uncased = partial(word_pieces, lowercase=False), partial(word_pieces, lowercase=True)
+encoder_bytes, causal_bytes = partial(byte_pairs, causal=False), partial(byte_pairs, causal=True)
 _ROBERTA = (("type_vocab_size", 1), ("layer_norm_eps", 1e-5), ("pad_token_id", 1))
 _BERT = (("type_vocab_size", 2), ("pad_token_id", 0))
 # By the name of the recipe.
@@ -152,20 +142,9 @@ def one_family(name: str, kind: Kind, options: Any) -> dict[str, Any]:
     shape = write_teacher_shape(name, kind, options.text, home / "shape")
     teacher_steps, steps = (100, 20) if options.quick else (700, 150)
     alone = {"clm" if kind.causal else "mlm": 1.0}
-    sequences = str(TOKENS_A_STEP // kind.seq_len)
-    text = [
-        *("--data.train", json.dumps([str(options.text / f"{each}_train.txt.xz") for each in kind.languages])),
-        *("--data.heldout", json.dumps([str(options.text / f"{each}_valid.txt.xz") for each in kind.languages])),
-        *("--data.seq_len", str(kind.seq_len), "--data.workers", "0", "--data.fraction", "1"),
-        *("--data.sample_sentences", "[]", "--masking.smoothing", "0", "--masking.rate", "0.2"),
-        *("--optim.global_batch", sequences, "--optim.micro_batch", sequences, "--optim.clip", "1"),
-        *("--train.eval_every", "0", "--train.save_every", "0", "--train.log_every", "100"),
-        *("--train.eval_maskings", "2", "--student.dropout", "0", "--deepspeed", "zero2_cpu"),
-    ]
-    shaped = ["--student.config", str(shape / "config.json"), "--data.tokenizer", str(shape)]
-    new = ["--teacher.model", "null", "--student.init", "random", "--student.architecture", "null"]
-    from_nothing = [*shaped, *new, "--student.num_layers", str(LAYERS)]
-    teacher = run(name, home / "teacher", [*text, *from_nothing, *weights(alone)], teacher_steps, lr=4e-3)
+    text = text_and_steps(kind, options.text, kind.seq_len)
+    new = [*untaught(shape), "--student.init", "random", "--student.num_layers", str(LAYERS)]
+    teacher = run(name, home / "teacher", [*text, *new, *weights(alone)], teacher_steps, lr=4e-3)
     taught = [*text, "--teacher.model", str(teacher / "student"), "--student.num_layers", str(LAYERS // 2)]
     distilled = run(name, home / "recipe", taught, steps, lr=2e-3)
     on_words = run(name, home / "words", [*taught, *weights(alone)], steps, lr=2e-3)
@@ -182,6 +161,26 @@ def one_family(name: str, kind: Kind, options: Any) -> dict[str, Any]:
         "student": str(distilled / "student"),
         "teacher": str(teacher / "student"),
     }
+
+
+def text_and_steps(kind: Kind, text: Path, seq_len: int) -> list[str]:
+    """Settings of a training on a kind's languages, in steps of TOKENS_A_STEP."""
+    sequences = str(TOKENS_A_STEP // seq_len)
+    return [
+        *("--data.train", json.dumps([str(text / f"{each}_train.txt.xz") for each in kind.languages])),
+        *("--data.heldout", json.dumps([str(text / f"{each}_valid.txt.xz") for each in kind.languages])),
+        *("--data.seq_len", str(seq_len), "--data.workers", "0", "--data.fraction", "1"),
+        *("--data.sample_sentences", "[]", "--masking.smoothing", "0", "--masking.rate", "0.2"),
+        *("--optim.global_batch", sequences, "--optim.micro_batch", sequences, "--optim.clip", "1"),
+        *("--train.eval_every", "0", "--train.save_every", "0", "--train.log_every", "100"),
+        *("--train.eval_maskings", "2", "--student.dropout", "0", "--deepspeed", "zero2_cpu"),
+    ]
+
+
+def untaught(shape: Path) -> list[str]:
+    """Settings of a training without a teacher, of a model as large as the one in this folder."""
+    shaped = ["--student.config", str(shape / "config.json"), "--data.tokenizer", str(shape)]
+    return [*shaped, "--teacher.model", "null", "--student.architecture", "null"]
 
 
 def weights(terms: dict[str, float]) -> list[str]:
@@ -223,15 +222,15 @@ def write_teacher_shape(name: str, kind: Kind, text: Path, folder: Path) -> Path
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    kind.tokenizer(list(documents_of(kind, text, "train")), folder)
+    kind.tokenizer(list(documents_of(kind, text, "train")), folder, kind.vocabulary)
     more = dict(kind.more)
     sizes = {
-        "hidden_size": HIDDEN,
+        "hidden_size": kind.hidden,
         "num_hidden_layers": LAYERS,
         "num_attention_heads": HEADS,
-        "intermediate_size": INNER,
-        "max_position_embeddings": kind.seq_len + (2 if kind.more == _ROBERTA else 0),
-        "vocab_size": VOCABULARY,
+        "intermediate_size": 4 * kind.hidden,
+        "max_position_embeddings": kind.positions or kind.seq_len + (2 if kind.more == _ROBERTA else 0),
+        "vocab_size": kind.vocabulary,
     }
     config = AutoConfig.for_model(kind.model_type, **(sizes | more))
     config.save_pretrained(folder)
