@@ -3,8 +3,8 @@
 python benchmarks/zero_shot.py --text DATA --tasks TASKS [--quick] [--json FILE]
 
 A multilingual teacher in the small is trained on the three languages, first three layers on short blocks, then six that
-begin as two copies of each. It is distilled into three by recipes/distilmbert.yaml; then it, its student and one of random
-layers, distilled as long, are fine-tuned on English names and measured on all three languages. DATA has
+begin as two copies of each. It is distilled into three by recipes/distilmbert.yaml; then it, its student and one of
+random layers, distilled as long, are fine-tuned on English names and measured on all three languages. DATA has
 {fr,en,de}_{train,valid}.txt.xz, TASKS the folders ner_{en,fr,de}. All goes on where it was stopped, under --runs.
 """
 

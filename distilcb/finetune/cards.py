@@ -12,7 +12,7 @@ from distilcb.eval.report import as_markdown
 from distilcb.eval.speed import Timed
 from distilcb.export.model_card import with_results, with_sections
 from distilcb.finetune.evaluation import TEACHER
-from distilcb.finetune.evaluation_report import mean_of, odd_seeds, rows_learnt, share_of
+from distilcb.finetune.evaluation_report import mean_of, measured_on, odd_seeds, rows_learnt, share_of
 from distilcb.hub import public_name
 from distilcb.models.loading import load_config
 from distilcb.tasks.declarations import Task
@@ -96,7 +96,8 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     published = PUBLISHED_DISTILCAMEMBERT if _is_like_distilcamembert(model) else {}
     head = ["", "metric", "this model", *(["its teacher", "retained"] if has_teacher else []), "without pre-training"]
     rows = [head + (["F1, published", "F1 of its kind, here"] if published else [])]
-    for task, found in made["tasks"].items():
+    every = measured_on(made["tasks"])
+    for task, found in every.items():
         own, metric = found["models"][name], found["metric"]
         row = [task, metric.replace("_", " "), mean_of(own, metric)]
         if has_teacher:
@@ -110,7 +111,7 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     seeds = sorted({len(found["models"][name]["seeds"]) for found in made["tasks"].values()})
     number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     over = "Of one seed" if seeds == [1] else f"Mean ± standard deviation over {number} seeds"
-    rows_read = " ".join(_rows_of(task, found["read"][name]) for task, found in made["tasks"].items())
+    rows_read = " ".join(_rows_of(task, found["read"][name]) for task, found in every.items() if found["read"])
     odd = [
         f" {who}Of {task} {told}"
         for task, found in made["tasks"].items()
@@ -139,7 +140,8 @@ def _beside_published(own: Mapping[str, Any], published: int | None) -> list[str
 
 
 def _rows_of(task: str, read: Mapping[str, Any]) -> str:
-    return f"{task}: trained on {rows_learnt(read)}, measured on {read['heldout']['rows']:,} of {read['split']}."
+    learnt = f"trained on {rows_learnt(read)}, " if "train" in read else ""
+    return f"{task}: {learnt}measured on {read['heldout']['rows']:,} of {read['split']}."
 
 
 def _is_like_distilcamembert(model: str) -> bool:

@@ -34,7 +34,7 @@ from distilcb.finetune.runs import (
 from distilcb.finetune.subjects import LabelledTask
 from distilcb.finetune.training import Recipe, precision
 from distilcb.tasks.declarations import Task
-from distilcb.tasks.floors import FLOORS, floor
+from distilcb.tasks.floors import FLOORS, as_rows_of, floor
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +90,11 @@ class AskedTask:
                 raise ConfigError(
                     f"--zero_shot {self.task.name}:{other.task.name}: one is scored by {', '.join(self.task.metrics)}, "
                     f"the other by {', '.join(other.task.metrics)}. They must be the same."
+                )
+            if len(other.task.texts) != len(self.task.texts):
+                raise ConfigError(
+                    f"--zero_shot {self.task.name}:{other.task.name}: one reads {', '.join(self.task.texts)}, the "
+                    f"other {', '.join(other.task.texts)}. They must be as many."
                 )
             if (other.task.kind, other.task.labels) != (self.task.kind, self.task.labels):
                 raise ConfigError(
@@ -190,11 +195,18 @@ class Evaluation:
         folder, first = output / asked.task.name, next(iter(subjects.values()))
         results = {name: results_by_seed(folder / self.folders[name]) for name in self.models}
         kept = read_json(folder / "floor.json")
-        found = summary_of_task(results, first.columns, kept["figures"], teacher=TEACHER)
+        found = summary_of_task(
+            results, first.columns, kept["figures"], teacher=TEACHER, floors_of_others=kept.get("others", {})
+        )
         if asked.task.kind == "classification":
             for name, model in found["models"].items():
                 of = folder / self.folders[name]
                 model["one_label"] = [seed for seed in model["seeds"] if gave_one_label(of / f"seed_{seed}")]
+        others = {name: self._others(asked, name) for name in self.models}
+        found["read_of_others"] = {
+            other.task.name: {name: others[name][other.task.name].facts for name in self.models}
+            for other in asked.zero_shot
+        }
         return found | {"floor_is": FLOORS[asked.task.kind], "read": {name: s.facts for name, s in subjects.items()}}
 
     def _subjects(self, asked: AskedTask) -> dict[str, LabelledTask]:
@@ -247,7 +259,12 @@ class Evaluation:
             check_settings(folder / self.folders[name] / "settings.json", {"content": content_of(model)})
         if not (folder / "floor.json").is_file():
             figures = floor(asked.task, first.training_rows, first.heldout.rows)
-            write_json(folder / "floor.json", {"made_of": FLOORS[asked.task.kind], "figures": figures})
+            others = {
+                title: floor(asked.task, first.training_rows, as_rows_of(asked.task, other.task, other.heldout.rows))
+                for title, other in self._others(asked, next(iter(self.models))).items()
+            }
+            made = {"made_of": FLOORS[asked.task.kind], "figures": figures} | ({"others": others} if others else {})
+            write_json(folder / "floor.json", made)
 
     def _seeds(self, subject: LabelledTask) -> tuple[int, ...]:
         if self.seeds is not None:

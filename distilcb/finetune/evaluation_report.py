@@ -13,9 +13,14 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
 
 def summary_of_task(
-    results: Results, columns: Sequence[str], floor: Mapping[str, float], *, teacher: str
+    results: Results,
+    columns: Sequence[str],
+    floor: Mapping[str, float],
+    *,
+    teacher: str,
+    floors_of_others: Mapping[str, Mapping[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """{"metric", "columns", "floor", "models": {name: facts}}.
+    """{"metric", "columns", "floor", "floors_of_others", "models": {name: facts}}.
 
     Facts are "seeds", "diverged", "mean", "deviation", "retained", "others". A seed that diverged is named and counts
     nowhere. "retained" is there beside a teacher, for the task's own metric, as `retained` gives it.
@@ -25,8 +30,9 @@ def summary_of_task(
         columns: metrics, the task's own first.
         floor: {metric: value} without a pre-trained model.
         teacher: its name in `results`, if it is there.
+        floors_of_others: {task: {metric: value}} of what models are measured on without having been trained on it.
     """
-    own = columns[0]
+    own, elsewhere = columns[0], floors_of_others or {}
     models = {name: _over_seeds(seeds, columns) for name, seeds in results.items()}
     values = {
         name: [each["figures"][own] for each in seeds.values() if "figures" in each] for name, seeds in results.items()
@@ -37,8 +43,34 @@ def summary_of_task(
         for other, there in found.get("others", {}).items():
             ours, theirs = (_elsewhere(results.get(each, {}), other, own) for each in (name, teacher))
             if name != teacher and ours and theirs:
-                there["retained"] = retained(ours, theirs, None)
-    return {"metric": own, "columns": list(columns), "floor": dict(floor), "models": models}
+                there["retained"] = retained(ours, theirs, elsewhere.get(other, {}).get(own))
+    facts = {"metric": own, "columns": list(columns), "floor": dict(floor)}
+    return facts | {"floors_of_others": {name: dict(each) for name, each in elsewhere.items()}, "models": models}
+
+
+def measured_on(tasks: Mapping[str, Any]) -> dict[str, Any]:
+    """Each task of a results.json, and behind it what its models are measured on without having been trained on it.
+
+    The latter as "learnt → measured on", with what a task has.
+    """
+    found = {}
+    for task, facts in tasks.items():
+        found[task] = facts
+        others = dict.fromkeys(name for model in facts["models"].values() for name in model.get("others", {}))
+        for other in others:
+            nothing: dict[str, Any] = {"mean": {}, "deviation": {}}
+            models = {
+                name: {"seeds": model["seeds"], "diverged": []} | model.get("others", {}).get(other, nothing)
+                for name, model in facts["models"].items()
+            }
+            found[f"{task} → {other}"] = {
+                "metric": facts["metric"],
+                "columns": facts["columns"],
+                "floor": facts.get("floors_of_others", {}).get(other, {}),
+                "models": models,
+                "read": facts.get("read_of_others", {}).get(other, {}),
+            }
+    return found
 
 
 def _over_seeds(seeds: Mapping[int, Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
@@ -108,18 +140,20 @@ def retained(student: Sequence[float], teacher: Sequence[float], floor: float | 
 def as_markdown(made: Mapping[str, Any]) -> str:
     """The tables of a results.json: each task's own metric, shares retained, then every metric."""
     tasks = made["tasks"]
-    rows = [["", *(f"{name}: {_words(found['metric'])}" for name, found in tasks.items())]]
-    rows.append(["without pre-training", *(_number(found["floor"].get(found["metric"])) for found in tasks.values())])
+    every = measured_on(tasks)
+    rows = [["", *(f"{name}: {_words(found['metric'])}" for name, found in every.items())]]
+    rows.append(["without pre-training", *(_number(found["floor"].get(found["metric"])) for found in every.values())])
     rows += [
-        [name, *(mean_of(found["models"][name], found["metric"]) for found in tasks.values())]
+        [name, *(mean_of(found["models"][name], found["metric"]) for found in every.values())]
         for name in made["models"]
     ]
+    arrows = "One → other: learnt from the rows of one, measured on the other's (zero-shot)."
     parts = [
         table(rows),
         "Mean ± standard deviation over seeds, as hundredths. " + _floors(tasks),
-        *_retained(made),
-        *_zero_shot(tasks),
-        *(_details(name, found) for name, found in tasks.items()),
+        *([arrows] if len(every) > len(tasks) else []),
+        *_retained(list(made["models"]), every),
+        *(_details(name, found) for name, found in every.items()),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -132,15 +166,13 @@ def _floors(tasks: Mapping[str, Any]) -> str:
     return f"Without pre-training is what the same rows teach by themselves ({said})."
 
 
-def _retained(made: Mapping[str, Any]) -> list[str]:
-    names = [
-        name for name in made["models"] if any("retained" in found["models"][name] for found in made["tasks"].values())
-    ]
+def _retained(models: Sequence[str], tasks: Mapping[str, Any]) -> list[str]:
+    names = [name for name in models if any("retained" in found["models"][name] for found in tasks.values())]
     if not names:
         return []
-    rows = [["of the teacher", *made["tasks"]]]
+    rows = [["of the teacher", *tasks]]
     for name in names:
-        shares = [found["models"][name].get("retained") for found in made["tasks"].values()]
+        shares = [found["models"][name].get("retained") for found in tasks.values()]
         rows.append([name, *(share_of(each) for each in shares)])
         rows.append([f"{name}, above the floor", *(_percent(each and each["above_floor"]) for each in shares)])
     note = (
@@ -148,16 +180,6 @@ def _retained(made: Mapping[str, Any]) -> list[str]:
         "with what is had without pre-training taken from both (–: the teacher has no more than that)."
     )
     return [table(rows), note]
-
-
-def _zero_shot(tasks: Mapping[str, Any]) -> list[str]:
-    rows = []
-    for task, found in tasks.items():
-        for name, model in found["models"].items():
-            for other, there in model.get("others", {}).items():
-                values = "; ".join(f"{_words(each)} {mean_of(there, each)}" for each in found["columns"])
-                rows.append([name, f"{task} → {other}", values, share_of(there.get("retained"))])
-    return [table([["zero-shot", "trained on → measured on", "scores", "of the teacher"], *rows])] if rows else []
 
 
 def _details(task: str, found: Mapping[str, Any]) -> str:
@@ -183,11 +205,13 @@ def _told_of_rows(read: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What was read and cut: in one sentence, or one for each model whose tokenizer made something else of it."""
     models: dict[str, list[str]] = {}
     for name, facts in read.items():
-        learnt = ", ".join([rows_learnt(facts), *_counts(facts["train"])[1:]])
         told = (
-            f"trained on {learnt}; measured on {facts['split']}: {', '.join(_counts(facts['heldout']))}; "
+            f"measured on {facts['split']}: {', '.join(_counts(facts['heldout']))}; "
             f"{facts['max_length']} tokens at most."
         )
+        if "train" in facts:
+            learnt = ", ".join([rows_learnt(facts), *_counts(facts["train"])[1:]])
+            told = f"trained on {learnt}; {told}"
         models.setdefault(told, []).append(name)
     if len(models) == 1:
         return [f"{told[0].upper()}{told[1:]}" for told in models]

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from distilcb.finetune.evaluation_report import measured_on
+
 log = logging.getLogger(__name__)
 
 _TIMED = "1 x 128"
@@ -38,10 +40,10 @@ def as_page(made: Mapping[str, Any], markdown: str, seconds: Mapping[str, Mappin
 
 
 def _bars(made: Mapping[str, Any]) -> str:
-    """A group a task, a bar a model; black lines: without a pre-trained model."""
+    """A group a task, learnt or only measured on, a bar a model; black lines: without a pre-trained model."""
     from matplotlib.figure import Figure
 
-    tasks, models = made["tasks"], list(made["models"])
+    tasks, models = measured_on(made["tasks"]), list(made["models"])
     figure = Figure((max(_WIDTH, 1.6 * len(tasks)), _HEIGHT), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(models)

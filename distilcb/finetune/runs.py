@@ -22,6 +22,7 @@ from distilcb.errors import ConfigError, first_line, writing
 from distilcb.finetune.objective import Weights
 from distilcb.finetune.subjects import Subject
 from distilcb.finetune.training import Outcome, Recipe, TaskTrainer, train
+from distilcb.surroundings import surroundings
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def fine_tune(
     keep_model: bool = True,
     others: Mapping[str, Subject] | None = None,
 ) -> dict[str, Any]:
-    """{"steps", "seconds", "figures"} of one training, or "diverged_at_step" in place of figures.
+    """{"steps", "seconds", "made_with", "figures"} of one training, or "diverged_at_step" in place of figures.
 
     Once it is finished, what was kept of it.
 
@@ -114,7 +115,7 @@ def _finish(
     keep_model: bool,
     others: Mapping[str, Subject],
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = {"steps": outcome.steps, "seconds": round(outcome.seconds, 1)}
+    facts: dict[str, Any] = {"steps": outcome.steps, "seconds": round(outcome.seconds, 1), "made_with": surroundings()}
     lines = (json.dumps({"step": step, "loss": loss if math.isfinite(loss) else None}) for step, loss in outcome.curve)
     (folder / "curve.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if outcome.diverged_at is not None:

@@ -25,6 +25,12 @@ def floor(task: Task, training: Sequence[Row], heldout: Sequence[Row]) -> dict[s
     return scores(task, gold(task, heldout), _PREDICTORS[task.kind](task, training, heldout))
 
 
+def as_rows_of(task: Task, other: Task, rows: Sequence[Row]) -> list[Row]:
+    """Rows of another task of the same kind and as many texts, their fields called as the first one's."""
+    names = dict(zip(other.texts, task.texts, strict=True)) | {other.target: task.target}
+    return [{mine: row[theirs] for theirs, mine in names.items()} for row in rows]
+
+
 def _by_words(task: Task, training: Sequence[Row], heldout: Sequence[Row]) -> list[str]:
     """Labels by words; of a pair of texts each one's, and those that both have."""
     from sklearn.feature_extraction.text import TfidfVectorizer

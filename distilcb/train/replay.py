@@ -25,12 +25,13 @@ from distilcb.errors import CheckpointError, ConfigError, ReplayError, TrainingE
 from distilcb.losses.triplet import TERMS, active_terms
 from distilcb.monitor.metrics import Window
 from distilcb.monitor.writers import METRICS, logged_steps
+from distilcb.surroundings import surroundings
 from distilcb.train.build import Progress, Run, take_place, watched, wire_stepper
 from distilcb.train.by_sample import BySample, figures_by_sample, spare_module, take_weights
 from distilcb.train.loop import loss_scale, training_record
 from distilcb.train.models import build_models
 from distilcb.train.replay_report import Comparison, ReplayReport, describe_samples
-from distilcb.train.run_folder import RunFolder, find_run, surroundings
+from distilcb.train.run_folder import RunFolder, find_run
 from distilcb.train.text import check_names, open_training_text
 
 log = logging.getLogger(__name__)

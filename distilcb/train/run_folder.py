@@ -15,7 +15,6 @@ import logging
 import os
 import platform
 import shlex
-import subprocess
 import time
 from enum import Enum
 from pathlib import Path
@@ -25,12 +24,12 @@ import yaml
 from filelock import FileLock
 
 from distilcb.command_line import CommandLine
-from distilcb.config import REPOSITORY, Config, differences, flatten, to_plain
+from distilcb.config import Config, differences, flatten, to_plain
 from distilcb.durability import write_durably
 from distilcb.errors import CheckpointError, writing
 from distilcb.launcher import is_later_slice, slurm_job
-from distilcb.machine import uses_cuda
 from distilcb.preemption import STOP
+from distilcb.surroundings import surroundings
 from distilcb.train.run_lock import RunLock, refuse_if_held
 
 log = logging.getLogger(__name__)
@@ -259,41 +258,3 @@ def provenance(command: CommandLine, world_size: int) -> dict[str, Any]:
         "world_size": world_size,
         "slurm_job": slurm_job(os.environ),
     }
-
-
-def surroundings() -> dict[str, Any]:
-    """What the last bits of a result depend on beside settings, text and ranks."""
-    import datasets
-    import deepspeed
-    import torch
-    import transformers
-
-    import distilcb
-    from distilcb import native
-
-    libraries = {"distilcb": distilcb, "torch": torch, "deepspeed": deepspeed}
-    libraries |= {"transformers": transformers, "datasets": datasets}
-    return {
-        "git_commit": _git_commit(),
-        "versions": {"python": platform.python_version()}
-        | {name: str(module.__version__) for name, module in libraries.items()},
-        "device": torch.cuda.get_device_name() if uses_cuda() else "cpu",
-        "threads": torch.get_num_threads(),
-        "own_cpp": not uses_cuda() and native.library() is not None,
-    }
-
-
-def _git_commit() -> str | None:
-    """The commit of this code, '+changes' where the tree differs from it; None outside a checkout."""
-    if not (REPOSITORY / ".git").exists():
-        return None
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

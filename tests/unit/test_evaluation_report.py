@@ -137,12 +137,35 @@ def test_zero_shot_figures_are_told_apart(found):
         "teacher": seeds(80.0, 82.0, others={"films_en": 60.0}),
         "student": seeds(70.0, 71.0, others={"films_en": 45.0}),
     }
-    models = {"models": dict.fromkeys(results, "")}
-    page = as_markdown(made_of(films=summary_of_task(results, COLUMNS, FLOOR, teacher="teacher")) | models)
-    assert "| teacher | films → films_en | accuracy 60.00 ± 0.00; macro f1 60.00 ± 0.00 | – |" in page
-    assert (
-        "| student | films → films_en | accuracy 45.00 ± 0.00; macro f1 45.00 ± 0.00 | 75.0% (75.0% to 75.0%) |" in page
-    )
+    floors = {"films_en": {"accuracy": 30.0, "macro_f1": 20.0}}
+    found = summary_of_task(results, COLUMNS, FLOOR, teacher="teacher", floors_of_others=floors)
+    made = made_of(films=found) | {"models": dict.fromkeys(results, "")}
+    read = {"split": "test", "max_length": 64, "heldout": {"rows": 5, "cut_rows": 1}}
+    made["tasks"]["films"]["read_of_others"] = {"films_en": dict.fromkeys(results, read)}
+    page = as_markdown(made)
+    for row in (
+        "|  | films: accuracy | films → films_en: accuracy |",
+        "| without pre-training | 50.00 | 30.00 |",
+        "| student | 70.50 ± 0.71 | 45.00 ± 0.00 |",
+        "| student, above the floor | 66.1% | 50.0% |",
+        "| films → films_en | accuracy | macro f1 | seeds |",
+        "| without pre-training | 30.00 | 20.00 |  |",
+        "| teacher | 60.00 ± 0.00 | 60.00 ± 0.00 | 2 |",
+    ):
+        assert row in page
+    assert "75.0% (75.0% to 75.0%) |" in page
+    assert "\n\nMeasured on test: 5 rows, 1 cut rows; 64 tokens at most." in page
+    assert "One → other: learnt from the rows of one" in page
+
+
+def test_what_was_measured_before_floors_and_rows_of_others_were_kept_is_still_told():
+    results = {"teacher": seeds(80.0, 82.0, others={"films_en": 60.0}), "lost": seeds(None)}
+    found = summary_of_task(results, COLUMNS, FLOOR, teacher="teacher")
+    del found["floors_of_others"]
+    page = as_markdown(made_of(films=found) | {"models": dict.fromkeys(results, "")})
+    assert "| without pre-training | 50.00 | – |" in page
+    assert "| lost | – | – |" in page
+    assert "| teacher | 60.00 ± 0.00 | 60.00 ± 0.00 | 2 |" in page
 
 
 def test_without_a_teacher_nothing_is_said_of_shares():

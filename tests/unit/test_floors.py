@@ -5,7 +5,7 @@ from sklearn.metrics import accuracy_score
 
 from distilcb.config import REPOSITORY
 from distilcb.tasks.declarations import TASKS, Task
-from distilcb.tasks.floors import floor
+from distilcb.tasks.floors import as_rows_of, floor
 from distilcb.tasks.rows import TaskRows
 
 REVIEWS = TASKS["allocine_fr"]
@@ -46,6 +46,14 @@ def test_a_word_has_its_most_frequent_tag_and_an_unknown_one_that_of_rare_words(
     rows += [tags("pos_fr_gsd", ("la", "PRON"))]
     heldout = [tags("pos_fr_gsd", ("la", "DET"), ("maison", "NOUN"), ("chatte", "VERB"))]
     assert floor(TASKS["pos_fr_gsd"], rows, heldout)["accuracy"] == pytest.approx(200 / 3)
+
+
+def test_rows_of_another_task_are_read_by_the_first_ones_names():
+    other = Task("avis", "classification", ("avis",), "note", ("accuracy",), REVIEWS.labels)
+    rows = [{"text": text, "label": label} for text, label in (("un ennui", 0), ("un chef d'œuvre", 1)) * 4]
+    there = as_rows_of(REVIEWS, other, [{"avis": "quel ennui", "note": 0, "nom": "x"}, {"avis": "bien", "note": 1}])
+    assert there == [{"text": "quel ennui", "label": 0}, {"text": "bien", "label": 1}]
+    assert floor(REVIEWS, rows, there[:1])["accuracy"] == 100
 
 
 def test_words_in_common_tell_likeness():

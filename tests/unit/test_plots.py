@@ -33,6 +33,15 @@ def test_bars_are_drawn_and_names_escaped(made):
     assert "<b>" not in page
 
 
+def test_what_was_measured_without_being_learnt_has_bars_too(made):
+    for model in made["tasks"]["films"]["models"].values():
+        model["others"] = {"films_en": {"mean": {"accuracy": 60.0}, "deviation": {}}} if model["seeds"] else {}
+    page = as_page(made, "", None)
+    assert len(drawings(page)) == 1
+    for name in ("films", "films → films_en", "books"):  # beside the outlines of its letters
+        assert f"<!-- {name} -->" in page
+
+
 def test_quality_beside_time_has_a_point_a_model_that_was_timed(made):
     timed = {"teacher": {"1 x 128": 0.02}, "a <b>": {"1 x 128": 0.01}, "lost": {"1 x 128": 0.01}}
     assert len(drawings(as_page(made, "", timed))) == 2

@@ -16,7 +16,7 @@ LAYERS = [
     {"recipe"},
     {"command_line", "machine"},
     {"distributed", "native"},
-    {"preemption", "watchdog"},
+    {"preemption", "watchdog", "surroundings"},
     {"data", "models", "losses", "monitor", "tasks"},
     {"engine"},
     {"export"},
