@@ -36,7 +36,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/zero_shot"))
     options = parser.parse_args(words)
     home = options.runs
-    short, long, students = (20, 10, 10) if options.quick else (3000, 2000, 400)
+    short, long, students = (20, 10, 10) if options.quick else (3000, 1200, 300)
     kind = replace(KINDS[RECIPE], hidden=64 if options.quick else 128, vocabulary=8000, positions=LONG)
     shape = write_teacher_shape(RECIPE, kind, options.text, home / "shape")
     texts = {

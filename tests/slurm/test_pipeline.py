@@ -51,18 +51,33 @@ def submit(lab, file, *, check=True):
     return ended, [Job(lab, number, lab.shared / f"{number}.out") for number in numbers]
 
 
-def test_a_pipeline_loses_a_node_and_ends_with_a_filled_card(lab, folder, run_dir, undisturbed):
+def lose_a_node(lab, job, node):
+    """One that the job runs on; it is there again once Slurm has noticed and requeued."""
+    lab.script("crash", node)
+    job.wait_until(lambda: job.facts()["Restarts"] == "1", "Slurm notices, and requeues")
+    lab.script("boot", node)
+
+
+def test_a_pipeline_loses_a_node_in_every_stage_and_ends_with_a_filled_card(lab, folder, run_dir, undisturbed):
     file = write_pipeline(lab, folder, run_dir)
     said, (prepare, distil, evaluate) = submit(lab, file)
     assert f"evaluate: job {evaluate.number}, afterok:{distil.number}" in said.stdout
+    prepare.wait_until(lambda: "launch/prepare.py" in prepare.said(), "it has begun")
+    lose_a_node(lab, prepare, "node2")
+    assert distil.facts()["JobState"] == "PENDING"
     assert prepare.ended()["JobState"] == "COMPLETED", prepare.said()
+
     distil.wait_for_step(run_dir, 6)
     assert evaluate.facts()["JobState"] == "PENDING"
-    lab.script("crash", "node2")
-    distil.wait_until(lambda: distil.facts()["Restarts"] == "1", "Slurm notices, and requeues")
-    lab.script("boot", "node2")
+    lose_a_node(lab, distil, "node2")
     assert distil.ended()["JobState"] == "COMPLETED", distil.said()
+
+    fine_tunings = folder / "evaluation/tasks/allocine_fr"
+    evaluate.wait_until(lambda: list(fine_tunings.glob("*/seed_*/result.json")), "a seed is finished")
+    finished = {path: path.stat().st_mtime_ns for path in fine_tunings.glob("*/seed_*/result.json")}
+    lose_a_node(lab, evaluate, evaluate.facts()["NodeList"])
     assert evaluate.ended()["JobState"] == "COMPLETED", evaluate.said()
+    assert all(path.stat().st_mtime_ns == made for path, made in finished.items())
 
     card = (run_dir / "student" / "README.md").read_text(encoding="utf-8")
     assert "| allocine_fr | accuracy |" in card
