@@ -257,14 +257,16 @@ class Evaluation:
             subjects[name].load(model, fine_tuned=False)
             self._others(asked, name)
             check_settings(folder / self.folders[name] / "settings.json", {"content": content_of(model)})
-        if not (folder / "floor.json").is_file():
+        kept = folder / "floor.json"
+        # Earlier versions made none of other tasks.
+        if not kept.is_file() or (asked.zero_shot and "others" not in read_json(kept)):
             figures = floor(asked.task, first.training_rows, first.heldout.rows)
             others = {
                 title: floor(asked.task, first.training_rows, as_rows_of(asked.task, other.task, other.heldout.rows))
                 for title, other in self._others(asked, next(iter(self.models))).items()
             }
             made = {"made_of": FLOORS[asked.task.kind], "figures": figures} | ({"others": others} if others else {})
-            write_json(folder / "floor.json", made)
+            write_json(kept, made)
 
     def _seeds(self, subject: LabelledTask) -> tuple[int, ...]:
         if self.seeds is not None:

@@ -134,6 +134,10 @@ def test_started_again_it_trains_only_what_is_missing(commands, evaluated, model
     missing = output / "tasks" / "allocine_fr" / "teacher" / "seed_1"
     for file in missing.iterdir():
         file.unlink()
+    kept = output / "tasks" / "ner_fr" / "floor.json"  # as versions wrote it that made no floor of zero-shot
+    facts = json.loads(kept.read_text())
+    assert facts.pop("others")
+    kept.write_text(json.dumps(facts))
     ended = commands.python("evaluate", *words)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "allocine_fr, teacher, seed 1: step" in ended.stderr
