@@ -181,6 +181,18 @@ def number(least: float, most: float = math.inf, *, kind: Callable[[str], float]
     return read
 
 
+def some_name(text: str) -> str:
+    """One that is not empty, for argparse, as a variable of the shell that is not set would make it."""
+    if not text:
+        raise argparse.ArgumentTypeError("came nothing, needed a name")
+    return text
+
+
+def some_path(text: str) -> Path:
+    """The same of what may have to be made: of an empty name Path makes the folder that one is in."""
+    return Path(some_name(text))
+
+
 def folder(name: str) -> Path:
     """One that is there, for argparse."""
     if not name or not Path(name).is_dir():

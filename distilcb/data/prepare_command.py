@@ -4,9 +4,8 @@ import argparse
 import logging
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
-from distilcb.command_line import Parser, number
+from distilcb.command_line import Parser, number, some_name, some_path
 from distilcb.data.corpus import find_sources
 from distilcb.data.parts import PART_BYTES
 from distilcb.hub import model_folder
@@ -70,13 +69,6 @@ def cores_of_rank(world: World, environ: Mapping[str, str]) -> int:
     return mine if bound else max(1, mine // (world.local_size or world.size))
 
 
-def _name(text: str) -> str:
-    """One that is not empty, as a variable of the shell that is not set would make it: Path takes that for here."""
-    if not text:
-        raise argparse.ArgumentTypeError("came nothing, needed a name")
-    return text
-
-
 def _parser(description: str | None) -> Parser:
     parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument(
@@ -84,15 +76,13 @@ def _parser(description: str | None) -> Parser:
         nargs="+",
         required=True,
         metavar="NAME",
-        type=_name,
+        type=some_name,
         help="files, folders, globs, hub:NAME:CONFIG:SPLIT",
     )
     parser.add_argument(
-        "--tokenizer", required=True, type=_name, metavar="DIR", help="tokenizer or model folder, or hub name"
+        "--tokenizer", required=True, type=some_name, metavar="DIR", help="tokenizer or model folder, or hub name"
     )
-    parser.add_argument(
-        "--output", required=True, type=lambda text: Path(_name(text)), metavar="DIR", help="folder of blocks to write"
-    )
+    parser.add_argument("--output", required=True, type=some_path, metavar="DIR", help="folder of blocks to write")
     parser.add_argument("--seq_len", type=number(8, 65_536), default=512, help="tokens in a block (default: 512)")
     parser.add_argument("--text_field", default="text", help="the text's name in .jsonl and .parquet (default: text)")
     parser.add_argument("--processes", type=number(1), help="on each rank (default: one a core that the rank may use)")

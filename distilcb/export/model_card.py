@@ -111,7 +111,9 @@ def with_sections(card: str, sections: Mapping[str, str]) -> str:
 
 
 def with_results(card: str, results: Sequence[EvalResult], *, name: str) -> str:
-    """The card with these figures in its front matter, where the hub reads them.
+    """The card with these figures in its front matter, where the hub reads them, in place of earlier ones.
+
+    name: of the model, beside them.
 
     Raises:
         ValueError: front matter that is none.
@@ -121,5 +123,5 @@ def with_results(card: str, results: Sequence[EvalResult], *, name: str) -> str:
     except yaml.YAMLError as error:
         raise ValueError(first_line(error)) from error
     data: Any = parsed.data
-    data.model_name, data.eval_results = name, list(results)
+    data.model_name, data.eval_results = (name, list(results)) if results else (None, None)
     return str(parsed)

@@ -1,5 +1,6 @@
 """What an evaluation found, in a student's model card: README.md of its folder."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def fill_card(
     try:
         text = with_sections(card.read_text(encoding="utf-8"), sections)
         if made:
-            text = with_results(text, _results(name, made, tasks), name=Path(model).resolve().name)
+            title = re.search(r"^# (.+)$", text, re.MULTILINE)
+            called = title[1] if title else Path(model).resolve().name
+            text = with_results(text, _results(name, made, tasks), name=called)
     except ValueError as error:
         raise ModelError(f"{card} cannot be filled ({first_line(error)}). Export the model again.") from error
     with writing(card.parent, ConfigError, "Free some space and run the same command again."):

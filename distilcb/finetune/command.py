@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilcb.command_line import Parser, number
+from distilcb.command_line import Parser, number, some_name, some_path
 from distilcb.config import DataConfig, cache_folder
 from distilcb.errors import ConfigError
 from distilcb.hub import HUB_PREFIX
@@ -50,15 +50,23 @@ def parser_of(description: str | None) -> Parser:
     parser.add_argument(
         "--split", choices=["dev", "test"], help="rows to measure on (default: test where there is one; of hub: dev)"
     )
-    parser.add_argument("--student", required=True, metavar="MODEL", help="folder or hub name, such as a run's student")
+    parser.add_argument(
+        "--student", type=some_name, required=True, metavar="MODEL", help="folder or hub name, such as a run's student"
+    )
     teacher = parser.add_mutually_exclusive_group()
-    teacher.add_argument("--teacher", metavar="MODEL", help="a model that has been fine-tuned on the task")
-    teacher.add_argument("--teacher_base", metavar="MODEL", help="a model to fine-tune as the teacher first")
+    teacher.add_argument(
+        "--teacher", type=some_name, metavar="MODEL", help="a model that has been fine-tuned on the task"
+    )
+    teacher.add_argument(
+        "--teacher_base", type=some_name, metavar="MODEL", help="a model to fine-tune as the teacher first"
+    )
     parser.add_argument(
         "--soft_targets", choices=list(_ARMS), help="with and without, or one (default: both where there is a teacher)"
     )
     parser.add_argument("--seeds", type=number(0), nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write, or to go on in")
+    parser.add_argument(
+        "--output", type=some_path, required=True, metavar="DIR", help="folder to write, or to go on in"
+    )
     real: dict[str, Any] = {"type": number(1e-9, kind=float)}
     parser.add_argument("--epochs", **real, default=3.0, help="passes over the data (default: 3, published)")
     parser.add_argument("--lr", **real, default=5e-5, help="(default: 5e-5, of the published script)")

@@ -1,10 +1,11 @@
 """launch/evaluate.py: its options, and what they ask for. Imports no torch, so `--help` answers at once."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilcb.command_line import Parser, number
+from distilcb.command_line import Parser, number, some_name, some_path
 from distilcb.durability import write_durably
 from distilcb.errors import ConfigError, writing
 from distilcb.finetune.command import LENGTHS
@@ -30,9 +31,15 @@ _TEXT_DEFAULTS: dict[str, Any] = {"seq_len": 128, "text_field": "text", "masking
 def parser_of(description: str | None) -> Parser:
     """The options of launch/evaluate.py."""
     parser = Parser(description=description, allow_abbrev=False)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="folders or hub names, such as runs/mini/student")
-    parser.add_argument("--teacher", metavar="MODEL", help="kl, agreement and shares retained are with it")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of results, or to go on in")
+    parser.add_argument(
+        "models", nargs="+", type=some_name, metavar="MODEL", help="folders or hub names, such as runs/mini/student"
+    )
+    parser.add_argument(
+        "--teacher", type=some_name, metavar="MODEL", help="kl, agreement and shares retained are with it"
+    )
+    parser.add_argument(
+        "--output", type=some_path, required=True, metavar="DIR", help="folder of results, or to go on in"
+    )
     text = parser.add_argument_group("held-out text")
     text.add_argument("--heldout", nargs="+", metavar="NAME", help="text or blocks (default: the shipped text)")
     text.add_argument("--seq_len", type=number(8, 65_536), help="tokens in a block (default: 128)")
@@ -133,6 +140,7 @@ def run(options: argparse.Namespace) -> None:
     if options.check:
         _check_names(options)
         return
+    _check_output(options)
     if options.card:
         _check_cards(options)
     if options.lengths:
@@ -177,6 +185,28 @@ def _check_names(options: argparse.Namespace) -> None:
             splits = [options.split or rows.heldout_split(), *(["train"] if needs_training else [])]
             for split in splits:
                 rows.read(each.task, split, limit=1)
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    """What will be replaced there is an earlier evaluation's.
+
+    Raises:
+        ConfigError: names the file that is not.
+    """
+    asked = {"tasks/results.json": options.tasks, "results.json": _text_is_wanted(options), "speed.json": options.speed}
+    keys = {"tasks/results.json": "tasks", "results.json": "heldout", "speed.json": "seconds"}
+    for name in (name for name, wanted in asked.items() if wanted):
+        file = options.output / name
+        if file.is_file() and not _has_key(file, keys[name]):
+            raise ConfigError(f"{file} is of something else than this evaluation. Move it, or name another --output.")
+
+
+def _has_key(file: Path, key: str) -> bool:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(found, dict) and key in found
 
 
 def _check_cards(options: argparse.Namespace) -> None:

@@ -178,7 +178,8 @@ def read_task(path: Path) -> Task:
         odd += [f"{name} is missing" for name in needed if name not in came]
         raise ConfigError(
             f"{path}: {', '.join(odd) if isinstance(facts, dict) else 'names and values were to stand there'}. "
-            f"Needed: {', '.join(needed)}; for classification and tagging labels too; language for questions."
+            f"Needed: {', '.join(needed)}; for classification and tagging labels too; language for questions. "
+            "The task is called as its file."
         )
     faults = [_fault_of_value(name, value) for name, value in facts.items()]
     if any(faults):

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from distilcb.command_line import Parser, parse_command_line
+from distilcb.command_line import Parser, parse_command_line, some_path
 from distilcb.errors import ConfigError
 from distilcb.launcher import discover
 from distilcb.machine import size_cpu_threads
@@ -22,10 +22,10 @@ def parser_of(description: str | None, *, untrained: bool = False) -> Parser:
     if untrained:  # a setting's value must not be taken for the run
         parser.set_defaults(run=None, step=None, model=None)
     else:
-        parser.add_argument("run", type=Path, nargs="?", help="run folder, such as runs/mini")
+        parser.add_argument("run", type=some_path, nargs="?", help="run folder, such as runs/mini")
         parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest good one)")
-        parser.add_argument("--model", type=Path, metavar="DIR", help="a model's folder that is there, for --onnx")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder to write")
+        parser.add_argument("--model", type=some_path, metavar="DIR", help="a model's folder that is there, for --onnx")
+    parser.add_argument("--output", type=some_path, metavar="DIR", help="folder to write")
     parser.add_argument("--onnx", action="store_true", help="write onnx/model.onnx too, checked against PyTorch")
     parser.add_argument("--int8", action="store_true", help="and onnx/model_int8.onnx, dynamically quantised")
     return parser

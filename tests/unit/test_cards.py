@@ -71,6 +71,7 @@ def test_what_was_found_is_in_the_card_and_its_front_matter(folder, made):
     assert "xnli_fr: trained on 4,992 rows, measured on 2,010 of test." in text
     front = yaml.safe_load(text.split("---\n")[1])
     (result,) = front["model-index"][0]["results"]
+    assert front["model-index"][0]["name"] == "student"  # as the card calls it
     assert result["task"]["type"] == "text-classification"
     assert result["metrics"][0] == {"type": "accuracy", "value": 72.0, "name": "accuracy, mean over seeds"}
     assert result["dataset"] == {"name": "xnli_fr", "type": "xnli_fr", "split": "test"}
@@ -128,6 +129,7 @@ def test_a_try_on_the_first_rows_says_so_and_is_not_told_to_the_hub(folder, made
     assert "xnli_fr: trained on 60 rows (the first ones only), measured on 2,010 of test." in text
     assert "| xnli_fr | accuracy | 72.00" in text
     assert "72.0" not in text.split("---\n")[1]
+    assert "model-index" not in text
 
 
 def test_a_student_of_distilcamemberts_size_has_the_published_row_beside_its_own(folder, made, tiny_model):
