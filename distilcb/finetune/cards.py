@@ -13,7 +13,7 @@ from distilcb.eval.report import as_markdown
 from distilcb.eval.speed import Timed
 from distilcb.export.model_card import with_results, with_sections
 from distilcb.finetune.evaluation import TEACHER
-from distilcb.finetune.evaluation_report import mean_of, measured_on, odd_seeds, rows_learnt, share_of
+from distilcb.finetune.evaluation_report import ARROW, mean_of, measured_on, odd_seeds, rows_learnt, share_of
 from distilcb.hub import public_name
 from distilcb.models.loading import load_config
 from distilcb.tasks.declarations import Task
@@ -114,10 +114,10 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
     seeds = sorted({len(found["models"][name]["seeds"]) for found in made["tasks"].values()})
     number = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     over = "Of one seed" if seeds == [1] else f"Mean ± standard deviation over {number} seeds"
-    rows_read = " ".join(_rows_of(task, found["read"][name]) for task, found in every.items() if found["read"])
+    rows_read = " ".join(_rows_of(task, found["read"][name]) for task, found in every.items())
     odd = [
         f" {who}Of {task} {told}"
-        for task, found in made["tasks"].items()
+        for task, found in every.items()
         for each, who in {name: "", TEACHER: "Its teacher: "}.items()
         if each in found["models"] and (told := odd_seeds(found["models"][each]))
     ]
@@ -125,6 +125,8 @@ def _tasks_section(model: str, name: str, made: Mapping[str, Any]) -> str:
         f"{over}, in hundredths; passes over the rows: {recipe['epochs']:g}, batches of {recipe['batch']}, "
         f"learning rate {recipe['lr']:g}. {rows_read}{''.join(odd)}"
     )
+    if len(every) > len(made["tasks"]):
+        note += f" {ARROW}"
     if published:
         note += (
             " Published: the F1 of cmarkea/distilcamembert-base's card, on the official splits; where these rows are "

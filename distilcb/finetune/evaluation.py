@@ -2,7 +2,8 @@
 
 <output>/<task>/settings.json     what its results depend on
 <output>/<task>/floor.json        what is reached without a pre-trained model
-<output>/<task>/<model>/seed_N/   result.json (written last), predictions.jsonl, curve.jsonl
+<output>/<task>/<model>/seed_N/   result.json (written last), curve.jsonl, predictions.jsonl and, of
+                                  --zero_shot, predictions_<task>.jsonl
 <output>/results.json, results.md   of the models and tasks that are asked for, all that is finished
 """
 
@@ -24,9 +25,11 @@ from distilcb.finetune.evaluation_report import as_markdown, summary_of_task
 from distilcb.finetune.models import content_of, longest_sequence
 from distilcb.finetune.runs import (
     ON_FULL_DISK,
+    PREDICTIONS,
     alone_in,
     check_settings,
     fine_tune,
+    predictions_of,
     read_json,
     results_by_seed,
     write_json,
@@ -34,7 +37,7 @@ from distilcb.finetune.runs import (
 from distilcb.finetune.subjects import LabelledTask
 from distilcb.finetune.training import Recipe, precision
 from distilcb.tasks.declarations import Task
-from distilcb.tasks.floors import FLOORS, as_rows_of, floor
+from distilcb.tasks.floors import FLOORS, floor, floor_of_other
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +45,10 @@ TEACHER = "teacher"
 _FEW_ROWS, _SEEDS, _SEEDS_OF_FEW_ROWS = 3000, 3, 5
 
 
-def gave_one_label(folder: Path) -> bool:
-    """Whether a finished training, as one that collapsed, gives every row the same; not where nobody can tell now."""
+def gave_one_label(file: Path) -> bool:
+    """Whether every row of these predictions has the same, as of a model that collapsed; not where nobody can tell."""
     try:
-        with (folder / "predictions.jsonl").open(encoding="utf-8") as lines:
+        with file.open(encoding="utf-8") as lines:
             given = (json.loads(line)["predicted"] for line in lines)
             first = next(given, None)
             return first is not None and all(each == first for each in given)
@@ -74,7 +77,7 @@ class AskedTask:
     """A task, where its rows are, and which others a model that has learnt it is measured on too (zero-shot).
 
     Attributes:
-        zero_shot: of the same kind and the same labels.
+        zero_shot: of the same kind, metrics and labels, with as many texts.
     """
 
     task: Task
@@ -195,18 +198,20 @@ class Evaluation:
         folder, first = output / asked.task.name, next(iter(subjects.values()))
         results = {name: results_by_seed(folder / self.folders[name]) for name in self.models}
         kept = read_json(folder / "floor.json")
-        found = summary_of_task(
-            results, first.columns, kept["figures"], teacher=TEACHER, floors_of_others=kept.get("others", {})
-        )
+        names = [other.task.name for other in asked.zero_shot]
+        others = {
+            title: {
+                "floor": kept["others"][title],
+                "read": {name: self._others(asked, name)[title].facts for name in self.models},
+            }
+            for title in names
+        }
+        found = summary_of_task(results, first.columns, kept["figures"], teacher=TEACHER, others=others)
         if asked.task.kind == "classification":
             for name, model in found["models"].items():
                 of = folder / self.folders[name]
-                model["one_label"] = [seed for seed in model["seeds"] if gave_one_label(of / f"seed_{seed}")]
-        others = {name: self._others(asked, name) for name in self.models}
-        found["read_of_others"] = {
-            other.task.name: {name: others[name][other.task.name].facts for name in self.models}
-            for other in asked.zero_shot
-        }
+                for each, file in ((model, PREDICTIONS), *((model["others"][t], predictions_of(t)) for t in names)):
+                    each["one_label"] = [seed for seed in each["seeds"] if gave_one_label(of / f"seed_{seed}" / file)]
         return found | {"floor_is": FLOORS[asked.task.kind], "read": {name: s.facts for name, s in subjects.items()}}
 
     def _subjects(self, asked: AskedTask) -> dict[str, LabelledTask]:
@@ -262,7 +267,7 @@ class Evaluation:
         if not kept.is_file() or (asked.zero_shot and "others" not in read_json(kept)):
             figures = floor(asked.task, first.training_rows, first.heldout.rows)
             others = {
-                title: floor(asked.task, first.training_rows, as_rows_of(asked.task, other.task, other.heldout.rows))
+                title: floor_of_other(asked.task, first.training_rows, other.task, other.heldout.rows)
                 for title, other in self._others(asked, next(iter(self.models))).items()
             }
             made = {"made_of": FLOORS[asked.task.kind], "figures": figures} | ({"others": others} if others else {})

@@ -2,12 +2,16 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from distilcb.eval.report import as_markdown as table
 
 CONFIDENCE = 0.95
+ARROW = (
+    "One → other: learnt from the rows of the first, measured on those of the second (zero-shot), and so is what is "
+    "had without pre-training."
+)
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -18,9 +22,9 @@ def summary_of_task(
     floor: Mapping[str, float],
     *,
     teacher: str,
-    floors_of_others: Mapping[str, Mapping[str, float]] | None = None,
+    others: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """{"metric", "columns", "floor", "floors_of_others", "models": {name: facts}}.
+    """{"metric", "columns", "floor", "others", "models": {name: facts}}.
 
     Facts are "seeds", "diverged", "mean", "deviation", "retained", "others". A seed that diverged is named and counts
     nowhere. "retained" is there beside a teacher, for the task's own metric, as `retained` gives it.
@@ -30,71 +34,70 @@ def summary_of_task(
         columns: metrics, the task's own first.
         floor: {metric: value} without a pre-trained model.
         teacher: its name in `results`, if it is there.
-        floors_of_others: {task: {metric: value}} of what models are measured on without having been trained on it.
+        others: what models are measured on without having been trained on it: {task: {"floor", "read"}}.
     """
-    own, elsewhere = columns[0], floors_of_others or {}
-    models = {name: _over_seeds(seeds, columns) for name, seeds in results.items()}
-    values = {
-        name: [each["figures"][own] for each in seeds.values() if "figures" in each] for name, seeds in results.items()
-    }
+    own, elsewhere = columns[0], others or {}
+    models = {name: _over_seeds(seeds, columns, elsewhere) for name, seeds in results.items()}
     for name, found in models.items():
-        if name != teacher and values.get(teacher) and values[name]:
-            found["retained"] = retained(values[name], values[teacher], floor.get(own))
-        for other, there in found.get("others", {}).items():
-            ours, theirs = (_elsewhere(results.get(each, {}), other, own) for each in (name, teacher))
-            if name != teacher and ours and theirs:
-                there["retained"] = retained(ours, theirs, elsewhere.get(other, {}).get(own))
-    facts = {"metric": own, "columns": list(columns), "floor": dict(floor)}
-    return facts | {"floors_of_others": {name: dict(each) for name, each in elsewhere.items()}, "models": models}
+        if name == teacher or teacher not in models:
+            continue
+        _add_retained(found, models[teacher], own, floor)
+        for other, there in found["others"].items():
+            _add_retained(there, models[teacher]["others"][other], own, elsewhere[other]["floor"])
+    return {
+        "metric": own,
+        "columns": list(columns),
+        "floor": dict(floor),
+        "others": {name: dict(each) for name, each in elsewhere.items()},
+        "models": models,
+    }
 
 
 def measured_on(tasks: Mapping[str, Any]) -> dict[str, Any]:
     """Each task of a results.json, and behind it what its models are measured on without having been trained on it.
 
-    The latter as "learnt → measured on", with what a task has.
+    The latter as "learnt → measured on", with what a task has but "others" and "floor_is".
     """
     found = {}
     for task, facts in tasks.items():
         found[task] = facts
-        others = dict.fromkeys(name for model in facts["models"].values() for name in model.get("others", {}))
-        for other in others:
-            nothing: dict[str, Any] = {"mean": {}, "deviation": {}}
-            models = {
-                name: {"seeds": model["seeds"], "diverged": []} | model.get("others", {}).get(other, nothing)
-                for name, model in facts["models"].items()
-            }
+        for other, there in facts["others"].items():
+            models = {name: model["others"][other] for name, model in facts["models"].items()}
             found[f"{task} → {other}"] = {
                 "metric": facts["metric"],
                 "columns": facts["columns"],
-                "floor": facts.get("floors_of_others", {}).get(other, {}),
                 "models": models,
-                "read": facts.get("read_of_others", {}).get(other, {}),
+                **there,
             }
     return found
 
 
-def _over_seeds(seeds: Mapping[int, Mapping[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
+def _over_seeds(
+    seeds: Mapping[int, Mapping[str, Any]], columns: Sequence[str], others: Iterable[str]
+) -> dict[str, Any]:
     there = {seed: each for seed, each in seeds.items() if "figures" in each}
-    found: dict[str, Any] = {
-        "seeds": {seed: each["figures"] for seed, each in there.items()},
-        "diverged": [seed for seed in seeds if seed not in there],
-        "mean": _each(statistics.fmean, [each["figures"] for each in there.values()], columns),
-        "deviation": _each(statistics.stdev, [each["figures"] for each in there.values()], columns, least=2),
+    diverged = [seed for seed in seeds if seed not in there]
+    found = _spread({seed: each["figures"] for seed, each in there.items()}, columns) | {"diverged": diverged}
+    found["others"] = {
+        name: _spread({seed: each["others"][name] for seed, each in there.items()}, columns) | {"diverged": diverged}
+        for name in others
     }
-    others = sorted({name for each in there.values() for name in each.get("others", {})})
-    if others:
-        found["others"] = {}
-    for name in others:
-        figures = [each["others"][name] for each in there.values() if name in each.get("others", {})]
-        found["others"][name] = {
-            "mean": _each(statistics.fmean, figures, columns),
-            "deviation": _each(statistics.stdev, figures, columns, least=2),
-        }
     return found
 
 
-def _elsewhere(seeds: Mapping[int, Mapping[str, Any]], other: str, own: str) -> list[float]:
-    return [each["others"][other][own] for each in seeds.values() if other in each.get("others", {})]
+def _spread(seeds: Mapping[int, Mapping[str, float]], columns: Sequence[str]) -> dict[str, Any]:
+    figures = list(seeds.values())
+    return {
+        "seeds": dict(seeds),
+        "mean": _each(statistics.fmean, figures, columns),
+        "deviation": _each(statistics.stdev, figures, columns, least=2),
+    }
+
+
+def _add_retained(student: dict[str, Any], teacher: Mapping[str, Any], own: str, floor: Mapping[str, float]) -> None:
+    ours, theirs = ([each[own] for each in model["seeds"].values()] for model in (student, teacher))
+    if ours and theirs:
+        student["retained"] = retained(ours, theirs, floor.get(own))
 
 
 def _each(
@@ -147,11 +150,10 @@ def as_markdown(made: Mapping[str, Any]) -> str:
         [name, *(mean_of(found["models"][name], found["metric"]) for found in every.values())]
         for name in made["models"]
     ]
-    arrows = "One → other: learnt from the rows of one, measured on the other's (zero-shot)."
     parts = [
         table(rows),
         "Mean ± standard deviation over seeds, as hundredths. " + _floors(tasks),
-        *([arrows] if len(every) > len(tasks) else []),
+        *([ARROW] if len(every) > len(tasks) else []),
         *_retained(list(made["models"]), every),
         *(_details(name, found) for name, found in every.items()),
     ]

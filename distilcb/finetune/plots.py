@@ -10,6 +10,7 @@ from distilcb.finetune.evaluation_report import measured_on
 
 log = logging.getLogger(__name__)
 
+_NEXT_LINE = "\n→ "
 _TIMED = "1 x 128"
 _WIDTH, _HEIGHT = 8.0, 3.6
 
@@ -57,7 +58,10 @@ def _bars(made: Mapping[str, Any]) -> str:
         floor = task["floor"].get(task["metric"])
         if floor is not None:
             axes.plot([place - 0.4, place + 0.4], [floor, floor], color="black")
-    axes.set_xticks(range(len(tasks)), [f"{name}\n{task['metric'].replace('_', ' ')}" for name, task in tasks.items()])
+    axes.set_xticks(
+        range(len(tasks)),
+        [f"{name.replace(' → ', _NEXT_LINE)}\n{task['metric'].replace('_', ' ')}" for name, task in tasks.items()],
+    )
     axes.set_ylabel("hundredths, ± standard deviation")
     axes.legend(fontsize="small")
     return f"<figure>{_svg(figure)}<figcaption>Black lines: without a pre-trained model.</figcaption></figure>"

@@ -10,6 +10,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ _LATER_SETTINGS = {
     "recipe.by_length": False,
     "teacher_recipe.by_length": False,
 }
+PREDICTIONS = "predictions.jsonl"
+_LIBRARIES = ("accelerate", "scikit-learn", "scipy", "seqeval", "tokenizers")
 ON_FULL_DISK = "Free some space and run the same command again."
 
 
@@ -87,6 +90,8 @@ def fine_tune(
         return read_json(folder / "result.json")
     with writing(folder, ConfigError, ON_FULL_DISK):
         folder.mkdir(parents=True, exist_ok=True)
+    made_with = surroundings()  # as it begins: that is the code that runs
+    made_with["versions"] |= {library: version(library) for library in _LIBRARIES}
     taught_by = subject.load(teacher, fine_tuned=True) if teacher else None
     trainer, outcome = train(
         subject.kind,
@@ -102,6 +107,7 @@ def fine_tune(
     )
     with writing(folder, ConfigError, ON_FULL_DISK):
         result = _finish(folder, subject, trainer, outcome, keep_model=keep_model, others=others or {})
+    result["made_with"] = made_with
     write_json(folder / "result.json", result)
     return result
 
@@ -115,23 +121,26 @@ def _finish(
     keep_model: bool,
     others: Mapping[str, Subject],
 ) -> dict[str, Any]:
-    facts: dict[str, Any] = {"steps": outcome.steps, "seconds": round(outcome.seconds, 1), "made_with": surroundings()}
+    facts: dict[str, Any] = {"steps": outcome.steps, "seconds": round(outcome.seconds, 1)}
     lines = (json.dumps({"step": step, "loss": loss if math.isfinite(loss) else None}) for step, loss in outcome.curve)
     (folder / "curve.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     if outcome.diverged_at is not None:
         log.warning("%s: the loss was no number at step %d", folder, outcome.diverged_at)
         return facts | {"diverged_at_step": outcome.diverged_at}
-    figures = subject.measure(trainer, folder / "predictions.jsonl")
+    figures = subject.measure(trainer, folder / PREDICTIONS)
     if keep_model:
         save_model(folder / "model", trainer.trained, subject.tokenizer)
     log.info("%s: %s", folder, ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
     facts["figures"] = figures
     if others:
-        measured = {
-            each: other.measure(trainer, folder / f"predictions_{each}.jsonl") for each, other in others.items()
-        }
+        measured = {each: other.measure(trainer, folder / predictions_of(each)) for each, other in others.items()}
         facts["others"] = measured
     return facts
+
+
+def predictions_of(other: str) -> str:
+    """The file of what was said of the rows of another task than the one that was learnt."""
+    return f"predictions_{other}.jsonl"
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -25,10 +25,10 @@ def floor(task: Task, training: Sequence[Row], heldout: Sequence[Row]) -> dict[s
     return scores(task, gold(task, heldout), _PREDICTORS[task.kind](task, training, heldout))
 
 
-def as_rows_of(task: Task, other: Task, rows: Sequence[Row]) -> list[Row]:
-    """Rows of another task of the same kind and as many texts, their fields called as the first one's."""
-    names = dict(zip(other.texts, task.texts, strict=True)) | {other.target: task.target}
-    return [{mine: row[theirs] for theirs, mine in names.items()} for row in rows]
+def floor_of_other(task: Task, training: Sequence[Row], other: Task, heldout: Sequence[Row]) -> dict[str, float]:
+    """What rows of `task` teach of those of another one, scored as that is; of the same kind, with as many texts."""
+    names = dict(zip(task.texts, other.texts, strict=True)) | {task.target: other.target}
+    return floor(other, [{theirs: row[mine] for mine, theirs in names.items()} for row in training], heldout)
 
 
 def _by_words(task: Task, training: Sequence[Row], heldout: Sequence[Row]) -> list[str]:

@@ -35,6 +35,15 @@ def test_the_figures_are_those_of_the_runs_own_last_evaluation(on_one_and_two_ra
     assert one["heldout"][str(finished / "student")]["kl"] == pytest.approx(own["student"]["kl"], rel=1e-3)
 
 
+def test_results_of_something_else_are_not_written_over(commands, finished, tmp_path):
+    mine = tmp_path / "results.json"
+    for text in ('{"results": {}}', "[1]", "notes"):
+        mine.write_text(text)
+        ended = commands.python("evaluate", finished / "student", "--output", tmp_path)
+        assert_refused(ended, f"{mine} is of something else than this evaluation. Move it, or name another --output.")
+        assert mine.read_text() == text
+
+
 def test_a_teacher_agrees_with_itself(on_one_and_two_ranks):
     (one, _), _, _ = on_one_and_two_ranks
     assert one["heldout"][TEACHER]["kl"] == pytest.approx(0, abs=1e-6)

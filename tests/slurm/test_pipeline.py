@@ -33,7 +33,7 @@ def write_pipeline(lab, folder, run_dir, *, evaluate="", distil=""):
         teacher={MINI}/teacher
         prepare=(--input {MINI}/text/train --tokenizer "$teacher" --seq_len 128 --output {folder}/blocks)
         distill=({" ".join(SMALL)} --data.train {folder}/blocks --run_dir {run_dir} {distil})
-        evaluate=({run_dir}/student --teacher "$teacher" --tasks allocine_fr --data {folder}/data --seeds 0 1)
+        evaluate=({run_dir}/student --teacher "$teacher" --tasks allocine_fr --data {folder}/data --seeds 0 1 2 3)
         evaluate+=(--epochs 1 --speed --lengths 16 --card --output {folder}/evaluation {evaluate})
         prepare_sbatch=({log} --nodes=2 --cpus-per-task=1 --time=60)
         distill_sbatch=({log} {options})
@@ -62,7 +62,8 @@ def test_a_pipeline_loses_a_node_in_every_stage_and_ends_with_a_filled_card(lab,
     file = write_pipeline(lab, folder, run_dir)
     said, (prepare, distil, evaluate) = submit(lab, file)
     assert f"evaluate: job {evaluate.number}, afterok:{distil.number}" in said.stdout
-    prepare.wait_until(lambda: "launch/prepare.py" in prepare.said(), "it has begun")
+    rank = ("pgrep", "--full", "^[^ ]*python[^ ]* launch/prepare.py")
+    prepare.wait_until(lambda: lab.on_node("node2", *rank).returncode == 0, "it has a rank there")
     lose_a_node(lab, prepare, "node2")
     assert distil.facts()["JobState"] == "PENDING"
     assert prepare.ended()["JobState"] == "COMPLETED", prepare.said()
@@ -83,7 +84,7 @@ def test_a_pipeline_loses_a_node_in_every_stage_and_ends_with_a_filled_card(lab,
     assert "| allocine_fr | accuracy |" in card
     assert "## Size and speed" in card
     found = json.loads((folder / "evaluation/tasks/results.json").read_text())["tasks"]["allocine_fr"]["models"]
-    assert [len(each["seeds"]) for each in found.values()] == [2, 2]
+    assert [len(each["seeds"]) for each in found.values()] == [4, 4]
 
     assert_same_run(run_dir, undisturbed)  # which prepared the same text itself, and lost no node
 

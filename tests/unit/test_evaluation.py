@@ -31,6 +31,13 @@ def test_what_a_model_cannot_be_measured_on_too_is_refused(others, told):
         AskedTask(ENGLISH, "here", tuple(others))
 
 
+def test_who_has_learnt_texts_is_not_measured_on_pairs():
+    films = TASKS["allocine_fr"]
+    pairs = replace(films, name="films_en", texts=("one", "other"))
+    with pytest.raises(ConfigError, match=r"one reads text, the other one, other\. They must be as many"):
+        AskedTask(films, "here", (AskedTask(pairs, "there"),))
+
+
 def evaluation(**models):
     return Evaluation(models=models, tasks=(), recipe=Recipe(), max_lengths={}, stride=1)
 
@@ -104,6 +111,7 @@ def test_a_limit_that_leaves_no_row_out_is_no_try(tmp_path, limit, rows, first_o
     ids=["one", "two", "torn", "deleted"],
 )
 def test_a_training_that_gives_every_row_one_label_is_told_from_others(tmp_path, lines, one):
+    file = tmp_path / "predictions.jsonl"
     if lines is not None:
-        (tmp_path / "predictions.jsonl").write_text(lines, encoding="utf-8")
-    assert gave_one_label(tmp_path) is one
+        file.write_text(lines, encoding="utf-8")
+    assert gave_one_label(file) is one

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from distilcb.finetune.evaluation_report import as_markdown, retained, summary_of_task
+from distilcb.finetune.evaluation_report import as_markdown, measured_on, retained, summary_of_task
 
 
 def seeds(*values, others=None):
@@ -132,17 +132,20 @@ def test_models_that_cut_otherwise_are_told_one_by_one(found):
     assert f"\n\nteacher, runs/student: {measured.format(2)}\n\nlost: {measured.format(7)}" in page
 
 
-def test_zero_shot_figures_are_told_apart(found):
+def test_zero_shot_figures_are_told_apart():
     results = {
         "teacher": seeds(80.0, 82.0, others={"films_en": 60.0}),
         "student": seeds(70.0, 71.0, others={"films_en": 45.0}),
     }
-    floors = {"films_en": {"accuracy": 30.0, "macro_f1": 20.0}}
-    found = summary_of_task(results, COLUMNS, FLOOR, teacher="teacher", floors_of_others=floors)
-    made = made_of(films=found) | {"models": dict.fromkeys(results, "")}
     read = {"split": "test", "max_length": 64, "heldout": {"rows": 5, "cut_rows": 1}}
-    made["tasks"]["films"]["read_of_others"] = {"films_en": dict.fromkeys(results, read)}
+    others = {"films_en": {"floor": {"accuracy": 30.0, "macro_f1": 20.0}, "read": dict.fromkeys(results, read)}}
+    found = summary_of_task(results, COLUMNS, FLOOR, teacher="teacher", others=others)
+    made = made_of(films=found) | {"models": dict.fromkeys(results, "")}
+    there = measured_on(made["tasks"])["films → films_en"]["models"]["student"]
+    assert there["seeds"][1] == {"accuracy": 45.0, "macro_f1": 45.0}  # and not what it has where it learnt
+    there["one_label"] = [0]
     page = as_markdown(made)
+    assert "student: seed 0 gave every row the same label, and counts." in page
     for row in (
         "|  | films: accuracy | films → films_en: accuracy |",
         "| without pre-training | 50.00 | 30.00 |",
@@ -155,17 +158,17 @@ def test_zero_shot_figures_are_told_apart(found):
         assert row in page
     assert "75.0% (75.0% to 75.0%) |" in page
     assert "\n\nMeasured on test: 5 rows, 1 cut rows; 64 tokens at most." in page
-    assert "One → other: learnt from the rows of one" in page
+    assert "One → other: learnt from the rows of the first" in page
 
 
-def test_what_was_measured_before_floors_and_rows_of_others_were_kept_is_still_told():
-    results = {"teacher": seeds(80.0, 82.0, others={"films_en": 60.0}), "lost": seeds(None)}
-    found = summary_of_task(results, COLUMNS, FLOOR, teacher="teacher")
-    del found["floors_of_others"]
-    page = as_markdown(made_of(films=found) | {"models": dict.fromkeys(results, "")})
-    assert "| without pre-training | 50.00 | – |" in page
-    assert "| lost | – | – |" in page
-    assert "| teacher | 60.00 ± 0.00 | 60.00 ± 0.00 | 2 |" in page
+def test_zero_shot_tasks_stand_as_they_were_asked_for_also_where_every_seed_diverged():
+    others = {name: {"floor": {"accuracy": 30.0}, "read": {}} for name in ("films_en", "films_de")}
+    found = summary_of_task({"lost": seeds(None)}, COLUMNS, FLOOR, teacher="teacher", others=others)
+    page = as_markdown(made_of(films=found) | {"models": {"lost": ""}})
+    assert "|  | films: accuracy | films → films_en: accuracy | films → films_de: accuracy |" in page
+    assert "| without pre-training | 50.00 | 30.00 | 30.00 |" in page
+    assert "| lost | – | – | – |" in page
+    assert page.count("lost: seed 0 ended with a loss that was no number") == 3
 
 
 def test_without_a_teacher_nothing_is_said_of_shares():

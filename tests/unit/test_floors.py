@@ -5,7 +5,7 @@ from sklearn.metrics import accuracy_score
 
 from distilcb.config import REPOSITORY
 from distilcb.tasks.declarations import TASKS, Task
-from distilcb.tasks.floors import as_rows_of, floor
+from distilcb.tasks.floors import floor, floor_of_other
 from distilcb.tasks.rows import TaskRows
 
 REVIEWS = TASKS["allocine_fr"]
@@ -48,12 +48,19 @@ def test_a_word_has_its_most_frequent_tag_and_an_unknown_one_that_of_rare_words(
     assert floor(TASKS["pos_fr_gsd"], rows, heldout)["accuracy"] == pytest.approx(200 / 3)
 
 
-def test_rows_of_another_task_are_read_by_the_first_ones_names():
+def test_what_rows_teach_of_another_task_whose_fields_have_other_names():
     other = Task("avis", "classification", ("avis",), "note", ("accuracy",), REVIEWS.labels)
     rows = [{"text": text, "label": label} for text, label in (("un ennui", 0), ("un chef d'œuvre", 1)) * 4]
-    there = as_rows_of(REVIEWS, other, [{"avis": "quel ennui", "note": 0, "nom": "x"}, {"avis": "bien", "note": 1}])
-    assert there == [{"text": "quel ennui", "label": 0}, {"text": "bien", "label": 1}]
-    assert floor(REVIEWS, rows, there[:1])["accuracy"] == 100
+    heldout = [{"avis": "quel ennui", "note": 0, "nom": "x"}, {"avis": "quel chef", "note": 0}]
+    assert floor_of_other(REVIEWS, rows, other, heldout)["accuracy"] == 50  # learnt from the other rows
+
+
+def test_answers_of_another_language_are_compared_as_that_is():
+    row = {"question": "Qui ?", "context": "le chat dort", "answers": {"text": ["chat"], "answer_start": [3]}}
+    english = [{"question": "Who?", "context": "a b c", "answers": {"text": ["a b"], "answer_start": [0]}}]
+    # The first two words are "le chat"; of French answers the article does not count.
+    assert floor_of_other(TASKS["squad"], english, TASKS["fquad"], [row])["exact_match"] == 100
+    assert floor_of_other(TASKS["fquad"], english, TASKS["squad"], [row])["exact_match"] == 0
 
 
 def test_words_in_common_tell_likeness():

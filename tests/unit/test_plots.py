@@ -34,12 +34,18 @@ def test_bars_are_drawn_and_names_escaped(made):
 
 
 def test_what_was_measured_without_being_learnt_has_bars_too(made):
+    def black(page):
+        return page.count("stroke: #000000; stroke-width: 1.5; stroke-linecap: square")
+
+    before = as_page(made, "", None)
+    made["tasks"]["films"]["others"] = {"films_en": {"floor": {"accuracy": 40.0}, "read": {}}}
     for model in made["tasks"]["films"]["models"].values():
-        model["others"] = {"films_en": {"mean": {"accuracy": 60.0}, "deviation": {}}} if model["seeds"] else {}
+        model["others"] = {"films_en": {"mean": {"accuracy": 60.0}, "deviation": {}}}
     page = as_page(made, "", None)
     assert len(drawings(page)) == 1
-    for name in ("films", "films → films_en", "books"):  # beside the outlines of its letters
-        assert f"<!-- {name} -->" in page
+    for name in ("films", "→ films_en", "books"):  # beside the outlines of its letters
+        assert f"<!-- {name}" in page
+    assert (black(before), black(page)) == (2, 4)  # lines of floors: films and books are the same here
 
 
 def test_quality_beside_time_has_a_point_a_model_that_was_timed(made):
