@@ -43,6 +43,10 @@ def main(words: list[str]) -> None:
         length: [*text_and_steps(kind, options.text, length), "--data.language_exponent", EXPONENT]
         for length in (SHORT, LONG)
     }
+    if options.quick:  # the whole of it takes minutes to read
+        valid = json.dumps([str(options.text / f"{each}_valid.txt.xz") for each in kind.languages])
+        shipped = str(REPOSITORY / "recipes" / "mini" / "text" / "heldout")
+        texts = {length: [*each, "--data.train", valid, "--data.heldout", shipped] for length, each in texts.items()}
     alone = [*untaught(shape), *weights({"mlm": 1.0})]
     first = [*texts[SHORT], *alone, "--student.init", "random", "--student.num_layers", "3"]
     grown = run(RECIPE, home / "short", first, short, lr=2e-3)
