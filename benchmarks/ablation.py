@@ -12,7 +12,7 @@ With --equal_time they have not the same steps: arms get as many as the triplet 
 them in turn, and train one by one. The steps are kept in --results, so that what is done later has the same.
 
 Published, DistilBERT section 4, as the change of the mean GLUE score: without the teacher's distribution -2.96, without
-cosine -1.46, without masked words -0.31, from random layers -3.69.
+cosine -1.46, without masked words -0.31, from random weights -3.69.
 """
 
 import argparse
@@ -46,7 +46,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
     "without cos": {"loss": {"cos": 0.0}},
     "without mlm": {"loss": {"mlm": 0.0}},
     "words alone": {"loss": {"kl": 0.0, "cos": 0.0, "mlm": 1.0}},
-    "random layers": {"student": {"init": "random"}},
+    "random weights": {"student": {"init": "random"}},
     "first of pairs": {"student": {"init_layers": "first_of_pairs"}},
     "last of pairs": {"student": {"init_layers": "last_of_pairs"}},
     "first layers": {"student": {"init_layers": [0, 1, 2, 3, 4, 5]}},
@@ -64,7 +64,7 @@ ARMS: dict[str, dict[str, dict[str, Any]]] = {
         "loss": {"kl_positions": "masked"},
     },
 }
-PUBLISHED = {"without kl": -2.96, "without cos": -1.46, "without mlm": -0.31, "random layers": -3.69}
+PUBLISHED = {"without kl": -2.96, "without cos": -1.46, "without mlm": -0.31, "random weights": -3.69}
 FIGURES = {"kl": "kl (nats)", "agreement": "agreement", "mlm_accuracy": "words right", "mlm_loss": "loss (nats)"}
 MASKINGS = 4
 # Turns; steps of each, of which the first ones warm up; held-out documents, which are not timed.

@@ -4,7 +4,7 @@ python benchmarks/study.py --train fr_train.txt.xz --heldout fr_valid.txt.xz --s
 
 - distilled: the teacher's layers, then kl, mlm and cos (recipes/mini.yaml)
 - words alone: the same layers, then mlm only
-- random layers: kl, mlm and cos, from random weights
+- random weights: kl, mlm and cos, embeddings and head drawn at random too
 
 Each run is `launch/train.py` in a folder of its own under --runs, so the same command resumes what was stopped and
 leaves alone what is done. While a run trains its curves follow a tenth of the held-out text; its figures, on all of it
@@ -45,7 +45,7 @@ RECIPE = REPOSITORY / "recipes" / "mini.yaml"
 STUDENTS = {
     "distilled": [],
     "words alone": ["--loss.kl", "0", "--loss.cos", "0", "--loss.mlm", "1"],
-    "random layers": ["--student.init", "random"],
+    "random weights": ["--student.init", "random"],
 }
 FIGURES = {"kl": "kl (nats)", "agreement": "agreement", "mlm_accuracy": "words right", "mlm_loss": "loss (nats)"}
 _SHARES = ("agreement", "mlm_accuracy")
