@@ -188,17 +188,23 @@ def _check_names(options: argparse.Namespace) -> None:
 
 
 def _check_output(options: argparse.Namespace) -> None:
-    """What will be replaced there is an earlier evaluation's.
+    """It can be a folder, and what will be replaced there is an earlier evaluation's.
 
     Raises:
         ConfigError: names the file that is not.
     """
+    if options.output.exists() and not options.output.is_dir():
+        raise ConfigError(
+            f"--output {options.output} is a file. Needed: a folder, which is made where it is not there."
+        )
     asked = {"tasks/results.json": options.tasks, "results.json": _text_is_wanted(options), "speed.json": options.speed}
     keys = {"tasks/results.json": "tasks", "results.json": "heldout", "speed.json": "seconds"}
     for name in (name for name, wanted in asked.items() if wanted):
         file = options.output / name
-        if file.is_file() and not _has_key(file, keys[name]):
-            raise ConfigError(f"{file} is of something else than this evaluation. Move it, or name another --output.")
+        beside = (found for each in (".md", ".html") if (found := file.with_suffix(each)).is_file())
+        other = file if file.is_file() else next(beside, None)  # which are written after it
+        if other and not (other == file and _has_key(file, keys[name])):
+            raise ConfigError(f"{other} is of something else than this evaluation. Move it, or name another --output.")
 
 
 def _has_key(file: Path, key: str) -> bool:

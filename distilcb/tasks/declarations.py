@@ -169,7 +169,9 @@ def read_task(path: Path) -> Task:
     try:
         facts: Any = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read ({first_line(error)}).") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where} cannot be read ({first_line(error)}).") from error
     names = [field.name for field in fields(Task) if field.name != "name"]
     needed = ["kind", "texts", "target", "metrics"]
     if not isinstance(facts, dict) or set(facts) - set(names) or set(needed) - set(facts):

@@ -47,7 +47,7 @@ class TaskRows:
             if len(found) == limit:
                 break
         if not found:
-            raise DataError(f"{self.source}, {split}: no rows.")
+            raise DataError(f"{self._file(split) or self.source}, {split}: no rows. Needed: a line of JSON for each.")
         if task.kind == "regression" and len(found) > 1 and len({row[task.target] for row in found}) == 1:
             raise DataError(
                 f"{self.source}, {split}: '{task.target}' is {found[0][task.target]:g} in every row, as where answers "
@@ -85,7 +85,7 @@ def _file_rows(path: Path) -> Iterator[tuple[str, Row]]:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    yield f"{path}, line {number}", json.loads(line)
+                    yield f"{path}, line {number}", json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}).") from error
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -146,11 +146,12 @@ def checked(task: Task, row: Any, *, where: str) -> Row:
         raise DataError(f"{where}: came {type(row).__name__}, needed an object with {', '.join(task.needed_fields)}.")
     missing = [name for name in task.needed_fields if row.get(name) is None]
     if missing:
-        unlabelled = " Rows without answers cannot be used: choose a --split that has them." * (
+        unlabelled = " Rows without answers cannot be used: to measure, choose a --split that has them." * (
             missing == [task.target]
         )
+        there = ", ".join(f"{name}: null" if value is None else str(name) for name, value in row.items())
         raise DataError(
-            f"{where}: no {', '.join(missing)}; came {', '.join(map(str, row))}, task {task.name} needs "
+            f"{where}: no {', '.join(missing)}; came {there}, task {task.name} needs "
             f"{', '.join(task.needed_fields)}.{unlabelled}"
         )
     texts = {name: row[name] for name in task.texts}

@@ -42,6 +42,10 @@ def test_results_of_something_else_are_not_written_over(commands, finished, tmp_
         ended = commands.python("evaluate", finished / "student", "--output", tmp_path)
         assert_refused(ended, f"{mine} is of something else than this evaluation. Move it, or name another --output.")
         assert mine.read_text() == text
+    page = mine.rename(tmp_path / "results.md")
+    assert_refused(commands.python("evaluate", finished / "student", "--output", tmp_path), f"{page} is of something")
+    assert_refused(commands.python("evaluate", finished / "student", "--output", page), f"--output {page} is a file")
+    assert page.read_text() == "notes"
 
 
 def test_a_teacher_agrees_with_itself(on_one_and_two_ranks):

@@ -61,6 +61,7 @@ FAULTS = {
         "no label; came text, task allocine_fr needs text, label. Rows without answers cannot",
     ),
     "labelled by nobody": ("allocine_fr", REVIEW | {"label": -1}, "-1, which stands for no label"),
+    "null": ("xnli_fr", INFERENCE | {"premise": None}, "no premise; came premise: null, hypothesis, label"),
     "an unknown label": ("xnli_fr", INFERENCE | {"label": "maybe"}, "'maybe'; task xnli_fr has entailment, neutral"),
     "a number too high": ("allocine_fr", REVIEW | {"label": 2}, "is 2"),
     "a truth for a label": ("allocine_fr", REVIEW | {"label": True}, "is True"),
@@ -254,7 +255,7 @@ def test_a_folder_of_tasks_in_place_of_a_tasks_own_is_told(tmp_path):
 
 
 def test_an_empty_split_has_no_rows(tmp_path):
-    with pytest.raises(DataError, match="train: no rows"):
+    with pytest.raises(DataError, match=r"train\.jsonl, train: no rows. Needed: a line of JSON for each\."):
         write(tmp_path, "train", [""]).read(TASKS["allocine_fr"], "train")
 
 
