@@ -194,9 +194,7 @@ def _check_output(options: argparse.Namespace) -> None:
         ConfigError: names the file that is not.
     """
     if options.output.exists() and not options.output.is_dir():
-        raise ConfigError(
-            f"--output {options.output} is a file. Needed: a folder, which is made where it is not there."
-        )
+        raise ConfigError(f"{options.output} cannot be written (it is a file). Name another --output: a folder.")
     asked = {"tasks/results.json": options.tasks, "results.json": _text_is_wanted(options), "speed.json": options.speed}
     keys = {"tasks/results.json": "tasks", "results.json": "heldout", "speed.json": "seconds"}
     for name in (name for name, wanted in asked.items() if wanted):

@@ -179,8 +179,8 @@ def _retained(models: Sequence[str], tasks: Mapping[str, Any]) -> list[str]:
         rows.append([f"{name}, above the floor", *(_percent(each and each["above_floor"]) for each in shares)])
     note = (
         f"The model's mean over the teacher's, with its {CONFIDENCE:.0%} interval over seeds, if any; then the same "
-        "with what is had without pre-training taken from both (–: the teacher has no more than that, and then the share "
-        "before says nothing)."
+        "with what is had without pre-training taken from both (–: the teacher has no more than that, and then the "
+        "share before says nothing)."
     )
     return [table(rows), note]
 
