@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,8 +194,11 @@ def _check_output(options: argparse.Namespace) -> None:
     Raises:
         ConfigError: names the file that is not.
     """
-    if options.output.exists() and not options.output.is_dir():
-        raise ConfigError(f"{options.output} cannot be written (it is a file). Name another --output: a folder.")
+    whole = options.output.absolute()
+    there = next(each for each in (whole, *whole.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        fault = "may not be written to" if there.is_dir() else "is a file"
+        raise ConfigError(f"{options.output} cannot be written ({there} {fault}). Name another --output: a folder.")
     asked = {"tasks/results.json": options.tasks, "results.json": _text_is_wanted(options), "speed.json": options.speed}
     keys = {"tasks/results.json": "tasks", "results.json": "heldout", "speed.json": "seconds"}
     for name in (name for name, wanted in asked.items() if wanted):

@@ -44,9 +44,9 @@ def test_results_of_something_else_are_not_written_over(commands, finished, tmp_
         assert mine.read_text() == text
     page = mine.rename(tmp_path / "results.md")
     assert_refused(commands.python("evaluate", finished / "student", "--output", tmp_path), f"{page} is of something")
-    assert_refused(
-        commands.python("evaluate", finished / "student", "--output", page), f"{page} cannot be written (it is a file)"
-    )
+    for output in (page, page / "deeper"):
+        ended = commands.python("evaluate", finished / "student", "--output", output)
+        assert_refused(ended, f"{output} cannot be written ({page} is a file)")
     assert page.read_text() == "notes"
 
 
